@@ -32,7 +32,7 @@ class Weight:
     block: int | None  # None: outside any block, such as a projection
     blocks: int  # how many transformer blocks the part has
     kind: str | None
-    bias: str | None = None
+    bias: str | None = None  # the name of the layer's bias
     shares_input: str | None = None  # equal for linears that read the same input (q, k, v; gate, up)
     tied: str | None = None  # the path of the output head, for an embedding whose weight the head shares
 
@@ -221,7 +221,7 @@ class ComponentMap:
         return replace(self, by=granularity(by))
 
     def match(self, pattern: str) -> tuple[Component, ...]:
-        """The components that a pattern names: by exact name, by a prefix of whole words, or with * and ?."""
+        """The components that a pattern names: by name, by the words before a dot (vision.front), or with * and ?."""
         matching = tuple(c for c in self.components if matches(c.name, pattern))
         if not matching:
             raise UserError(f"no component matches '{pattern}'; there are {', '.join(self.names)}")

@@ -1,4 +1,4 @@
-"""UserError: a sentence that says what was wrong, what is allowed, and what to type next; and messages of others."""
+"""UserError: a message that says what was wrong, what is allowed and what to type next; and libraries' messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class Failed(UserError):
-    """An operation that ran and failed, such as a verification: no flag and no file is at fault."""
+    """An operation that failed although the request was right, such as a verification, or writing to a full disk."""
 
 
 class Notice(UserWarning):

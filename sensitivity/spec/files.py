@@ -1,4 +1,4 @@
-"""Atomic writes, and the only code that deletes or replaces files: never one that we did not write."""
+"""Atomic writes; deletes and replaces files and folders, but never one that we did not write."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Allowed = Callable[[str, Scheme | None], bool]  # whether a component may have a
 def allowed_by(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
     """A function that says whether a component may have a scheme, from the bit widths that each pattern allows.
 
-    The longest matching pattern decides; 16 stands for native precision. None, without patterns, allows all.
+    The longest matching pattern decides; 16 stands for native precision. Without patterns it returns None.
     """
     if not widths:
         return None
@@ -32,7 +32,9 @@ def tied_groups(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[t
     for group in groups:
         tied = tuple(dict.fromkeys(name for pattern in group for name in members(names, pattern)))
         if len(tied) < 2:
-            raise UserError(f"'{','.join(group)}' is a single component; name those that share: vision,language")
+            raise UserError(
+                f"'{','.join(group)}' is a single component; name all that share a scheme, such as vision,language"
+            )
         tied_sets.append(tied)
     return list(dict.fromkeys(tied_sets))
 

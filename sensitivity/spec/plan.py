@@ -26,7 +26,7 @@ CACHE_GROUP = "cache_group"  # the setting that says how many channels of a key 
 ATTENTION = "attention"
 MATCH = "match"  # the setting that says whether attention's logits and outputs are scaled to the float model's
 CACHE_PAST = "cache_past"  # the setting that says whether a token reads its own key and value unrounded
-CACHE_SMOOTH = "cache_smooth"  # the setting that says whether channels are divided by their size before rounding
+CACHE_SMOOTH = "cache_smooth"  # the setting that says whether channels are divided by their magnitudes before rounding
 TWEAK = "tweak"  # the setting that says how many gradient steps the norms of a quantized block take
 # the settings that say which share of an image's tokens is pruned, and after which block of the language model
 PRUNE, PRUNE_AFTER = "prune", "prune_after"
@@ -66,7 +66,8 @@ class Scheme:
     bits: int
     group: int | str = "row"  # which weights share a scale: the "tensor", a "row", or this many columns of a row
     symmetric: bool = True
-    settings: tuple[tuple[str, Setting], ...] = ()  # the method's own, sorted by name so that equal schemes are equal
+    # the method's own, and those of norms, tokens and rounding; sorted by name so that equal schemes are equal
+    settings: tuple[tuple[str, Setting], ...] = ()
     activations: int = NOT_ROUNDED  # bits of each linear layer's input
     cache: int = NOT_ROUNDED  # bits of attention's keys and values, where a language model caches them
 
@@ -163,7 +164,7 @@ class Plan:
     def of(cls, parts: ComponentMap, choice: Mapping[str, Scheme | None], default: Scheme | None = None) -> Plan:
         """A plan from patterns over component names; the last pattern that matches wins.
 
-        Only components with keys and values that a language model caches get the cache of a scheme.
+        A scheme's cache bits are left out for components without keys and values that a language model caches.
         """
         for pattern in choice:
             parts.match(pattern)  # raises an error if it matches nothing, as with a misspelled name
@@ -214,7 +215,10 @@ class Plan:
 
     @property
     def prunes(self) -> bool:
-        """Whether image tokens are pruned: a prompt's end decides which, so questions cannot share the image's pass."""
+        """Whether image tokens are pruned.
+
+        The last token of a prompt decides which, so questions about one image cannot share its hidden states.
+        """
         return any(scheme is not None and bool(scheme.get(PRUNE)) for _, scheme in self.schemes)
 
     def is_uniform_in(self, parts: ComponentMap) -> bool:

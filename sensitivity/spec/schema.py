@@ -40,8 +40,8 @@ Schema = TypedDict(
     },
     total=False,
 )
-# JSON Schema's types as Python reads them; bool is excluded from numbers, since Python counts it as an int. A number
-# with limits is finite, since NaN is within no limit.
+# JSON Schema's types as Python reads them; bool is excluded from numbers, since Python counts it as an int. NaN passes
+# here, but is within no limit.
 # The validator is written by hand so that its message is one plain sentence about the first fault.
 IS_TYPE: dict[str, Callable[[object], bool]] = {
     "object": lambda value: isinstance(value, Mapping),

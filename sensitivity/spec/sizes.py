@@ -29,7 +29,9 @@ class SizeJson(TypedDict):
 
 @dataclass(frozen=True)
 class Size:
-    """The size of a plan: `bpw` counts everything that is stored, `bpw_codes` only codes, as papers do.
+    """The size of a plan: `bpw` counts everything that is stored; `bpw_codes` what papers count.
+
+    Papers count code bits alone, and 16 bits for each weight that is not quantized.
 
     Examples:
         >>> weighs = size(parts, plan)

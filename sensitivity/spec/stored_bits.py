@@ -80,9 +80,9 @@ def _planes(scheme: Scheme, rows: int, cols: int) -> int:
 def _billm(scheme: Scheme, rows: int, cols: int) -> int:
     """What BiLLM stores beside one bit per weight.
 
-    A second bit for each weight: the half that it is in, or its second sign in a salient column. For each group, the
-    mean and magnitude of each half, and the mean and two magnitudes of salient columns. A bit for each column: whether
-    it is salient.
+    A second bit for each weight: the half by magnitude that it is in or, in a salient column, its second sign. For each
+    group, the mean and magnitude of each half, and the mean and two magnitudes of salient columns. A bit for each
+    column: whether it is salient.
     """
     salient, split = bool(scheme.get("salient")), bool(scheme.get("split"))
     numbers = (4 if split else 2) + (3 if salient else 0)
@@ -238,9 +238,10 @@ def _openvino(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def onnx_block(scheme: Scheme, cols: int) -> int:
-    """The codes of a block in ONNX Runtime: a power of two that divides the group, whose scale repeats.
+    """How many codes a block has in ONNX Runtime: a power of two that divides the group, so blocks share its scale.
 
-    Blocks of a row or tensor may not fit, and the last is padded. The fastest kernels want 32 to 128 codes.
+    If the group is a row or the tensor, a block has at least 32 codes, and the last block of a row may be padded. The
+    fastest kernels want 32 to 128 codes.
     """
     whole = cols if isinstance(scheme.group, str) else scheme.group
     fitting = min(whole & -whole, 128)

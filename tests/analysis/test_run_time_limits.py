@@ -149,6 +149,17 @@ def test_a_scheme_that_was_not_timed_is_named() -> None:
         times().plan_cost(FOUR, plan, "ms_per_answer")
 
 
+def test_memory_that_was_not_measured_lists_the_layouts_whose_memory_was() -> None:
+    """All times are known, as in tables from before memory was measured."""
+    plan = Plan.uniform(FOUR, Scheme("rtn", 4, "row"))
+    of = times()
+    assert of.plan_cost(FOUR, plan, "ms_per_answer") > 0
+    kept = {key: value for key, value in of.memory.items() if key == ("image", "symmetric 8 row")}
+    for memory, known in ((kept, "symmetric 8 row"), ({}, "none")):
+        with pytest.raises(UserError, match=f"no memory is known of .*'symmetric 4 row'; known are {known}; "):
+            replace(of, memory=memory).plan_cost(FOUR, plan, "gb_resident")
+
+
 def test_choices_that_were_never_timed_are_not_chosen(study: Study) -> None:
     """Eight bits were not timed anywhere; two bits of the language model alone were not."""
     of = times()

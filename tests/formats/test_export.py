@@ -709,7 +709,7 @@ def test_scales_of_inputs_are_folded_into_the_layer_before(tmp_path: Path, symme
 @pytest.mark.parametrize("format", ["compressed-tensors", "awq", "gptq"])
 def test_scales_without_a_place_are_refused_with_ways_out(parts: ComponentMap, tmp_path: Path, format: str) -> None:
     stored = scheme("awq", 4, group=32, symmetric=True)
-    says = "no place for the factor per input that awq stores; sweep with --set scales=folded, .* --format fake"
+    says = "no place for the factor per input channel that awq stores; sweep with --set scales=folded, .* --format fake"
     with pytest.raises(UserError, match=f"vision .*{says}"):
         write(job(parts, {}, stored), tmp_path / "out", format)
 

@@ -113,7 +113,7 @@ def test_what_cannot_be_timed_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         assert "unknown runtime 'opnvino'; choose from openvino" in capsys.readouterr().err
     with pytest.raises(UserError, match="ranks captions"):
         checked(MODEL, [Scheme("rtn", 4)], "openvino", "retrieval")
-    with pytest.raises(UserError, match="openvino can load nothing of this space"):
+    with pytest.raises(UserError, match="openvino can load none of these schemes"):
         checked(MODEL, [Scheme("rtn", 4, 7)], "openvino", "vqa")
 
 

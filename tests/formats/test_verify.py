@@ -176,7 +176,10 @@ def test_a_sweep_for_a_runtime_says_what_it_leaves_out_and_tries_the_rest(
     out = tmp_path / "run"
     assert cli.main([*args, "--bits", "3,4,8", "--trials", "3", "--out", str(out)]) == 0
     said = capsys.readouterr()
-    assert "modelopt restricts the space: rtn:3 of all parts: ModelOpt loads symmetric widths 4, 8, not 3" in said.err
+    assert (
+        "modelopt restricts the space: rtn:3 of all parts: ModelOpt loads symmetric codes of 4, 8 bits, not 3"
+        in said.err
+    )
     assert "rtn:8 of all parts: ModelOpt takes groups of row at 8 bits, not 32" in said.err
     assert f"recommend {out} --bpw 4 --runtime modelopt" in said.out
     study = Study(out)
@@ -190,7 +193,7 @@ def test_a_sweep_of_what_a_runtime_cannot_load_does_not_begin(
 ) -> None:
     args = ["sweep", "embedded:scenes-llava", "--runtime", "awq", "--bits", "3", "--out", str(tmp_path / "run")]
     assert cli.main(args) == 2
-    assert "awq can load nothing of this space: rtn:3 of all parts" in capsys.readouterr().err
+    assert "awq can load none of these schemes: rtn:3 of all parts" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -364,7 +367,7 @@ def test_an_illegal_export_says_what_breaks_and_what_fits_at_what_cost(planted: 
     with pytest.raises(UserError) as caught:
         exporting.export(planted, plan, tmp_path / "out", "compressed-tensors")
     said = str(caught.value)
-    assert "vision (rtn:3): transformers with compressed-tensors loads zero points of tensor groups" in said
+    assert "vision (rtn:3): transformers with compressed-tensors loads zero points at --group tensor" in said
     assert "The best plan of its size that fits is" in said
     assert "(predicted)" in said
     assert "bytes instead of" in said

@@ -48,20 +48,20 @@ def test_every_runtime_takes_full_precision() -> None:
         ("compressed-tensors", rtn(4), None),
         ("compressed-tensors", rtn(3, 32), None),
         ("compressed-tensors", rtn(4, "tensor", False), None),
-        ("compressed-tensors", rtn(1), "symmetric widths 2, 3, 4, 5, 6, 7, 8, not 1"),
-        ("compressed-tensors", rtn(4, "row", False), "zero points of tensor groups, not of row; use --symmetric"),
+        ("compressed-tensors", rtn(1), "symmetric codes of 2, 3, 4, 5, 6, 7, 8 bits, not 1"),
+        ("compressed-tensors", rtn(4, "row", False), "zero points at --group tensor, not at --group row; use --symm"),
         ("compressed-tensors", rtn(4, "tensor", False, "uniform"), "use --method rtn, or --format fake"),
         ("compressed-tensors", rtn(4, 32, True, "awq"), "no place for the factor per input"),
         ("modelopt", rtn(4, 32, True, "awq"), None),
         ("compressed-tensors", rtn(4, 48), "groups of 48 do not divide rows of 64 weights; use --group row"),
         ("vllm", rtn(3, 32), None),
-        ("vllm", rtn(3, 32, False), "asymmetric widths 4, 8, not 3"),
+        ("vllm", rtn(3, 32, False), "asymmetric codes of 4, 8 bits, not 3"),
         ("vllm", rtn(4, 16), "groups of row, 32, 64, 128 at 4 bits, not 16"),
         ("gptq", rtn(5, 32, False), None),
         ("gptq", rtn(1), "not 1"),
         ("awq", rtn(4, 32, False), None),
-        ("awq", rtn(3, 32), "symmetric widths 4, not 3"),
-        ("auto-round", rtn(4, 32, False), "asymmetric widths of no kind, not 4"),
+        ("awq", rtn(3, 32), "symmetric codes of 4 bits, not 3"),
+        ("auto-round", rtn(4, 32, False), "AutoRound loads no asymmetric codes; use --symmetric"),
         ("bnb", rtn(4), "use --method nf4 at 4 bits or llm-int8 at 8"),
         ("bnb", rtn(4, 64, True, "nf4"), None),
         ("torchao", rtn(3, "tensor"), "not one per tensor; use --group row"),
@@ -69,7 +69,7 @@ def test_every_runtime_takes_full_precision() -> None:
         ("modelopt", rtn(8), None),
         ("llama.cpp", rtn(3), "columns in multiples of 256 at 3 bits"),
         ("llama.cpp", rtn(4), None),
-        ("mlx", rtn(4), "symmetric widths of no kind"),
+        ("mlx", rtn(4), "loads no symmetric codes; use --no-symmetric"),
         ("mlx", rtn(4, 64, False), None),
         ("fake", rtn(1, "tensor", False, "uniform"), None),
         ("plan", replace(rtn(3), activations=4, cache=2), None),
@@ -78,11 +78,11 @@ def test_every_runtime_takes_full_precision() -> None:
         (
             "compressed-tensors",
             replace(rtn(4), activations=4),
-            "8 beside weights of 4 bits or 8 beside",
+            "8 bits beside weights of 4 bits or 8 bits beside",
         ),
         ("compressed-tensors", replace(rtn(4, 32), activations=8), "a scale per row; use --symmetric --group row"),
         ("vllm", replace(rtn(8), activations=8), None),
-        ("vllm", replace(rtn(4), activations=8), "8 beside weights of 8 bits, not of 8 beside 4"),
+        ("vllm", replace(rtn(4), activations=8), "8 bits beside weights of 8 bits, not of 8 beside 4"),
         ("gptq", replace(rtn(4), activations=8), "cannot say that activations are rounded; sweep without"),
         (
             "fake",
@@ -197,11 +197,11 @@ def test_what_a_runtime_leaves_out_is_said_with_the_rule() -> None:
 
 def test_a_space_that_a_runtime_cannot_load_is_refused_with_the_rule() -> None:
     parts = model("part")
-    with pytest.raises(UserError, match=r"awq can load nothing of this space: rtn:3 of all parts: .* not 3"):
+    with pytest.raises(UserError, match=r"awq can load none of these schemes: rtn:3 of all parts: .* not 3"):
         restrict(parts, [rtn(3)], "awq")
     only_three = {"vision": 3}
     wanted = lambda name, scheme: scheme is not None and scheme.bits == only_three.get(name, scheme.bits)  # noqa: E731
-    with pytest.raises(UserError, match=r"awq can load none of what vision is allowed: .* not 3"):
+    with pytest.raises(UserError, match=r"awq can load none of the schemes allowed for vision: .* not 3"):
         restrict(parts, [rtn(3), rtn(4)], "awq", wanted)
 
 

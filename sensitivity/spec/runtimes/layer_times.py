@@ -70,8 +70,9 @@ class LayerTimes:
 
     at_once: the tokens that each weight of the vision tower and the connector reads for one image. tokens: how many
     an image, the prompt and an answer have. rest: milliseconds of each stage that belong to no layer. resident: bytes
-    that the whole model takes in memory in full precision. memory: the bytes that a weight in a layout adds to them,
-    below 0 where it takes less; halves differ, since what reads prompts and single tokens may be held twice.
+    that the whole model takes in memory in full precision. memory: the bytes that each element of a weight in a layout
+    adds to them, below 0 where it takes less; halves differ, since what reads prompts and single tokens may be held
+    twice.
     """
 
     runtime: str
@@ -83,7 +84,7 @@ class LayerTimes:
     tokens: Mapping[str, int]
     rest: Mapping[str, float]
     resident: float
-    memory: Mapping[tuple[str, str], float]  # (half, layout) -> bytes per weight
+    memory: Mapping[tuple[str, str], float]  # (half, layout) -> bytes per element
     layers: Mapping[Key, float]
 
     def component_cost(self, parts: ComponentMap, name: str, scheme: Scheme | None, cost: str) -> float:
@@ -156,10 +157,12 @@ class LayerTimes:
         return weight.numel * self.memory[half_of(weight), layout]
 
     def _unknown(self, weight: Weight, scheme: Scheme | None, layout: str, what: str) -> UserError:
-        known = sorted({one for rows, cols, one, _ in self.layers if (rows, cols) == (weight.rows, weight.cols)})
+        timed = {one for rows, cols, one, _ in self.layers if (rows, cols) == (weight.rows, weight.cols)}
+        weighed = {one for half, one in self.memory if half == half_of(weight)}
+        known = sorted(timed if what == "time" else weighed)
         return UserError(
             f"no {what} is known of {weight.name} at {scheme}, which {self.runtime} stores as '{layout}'; known are "
-            f"{', '.join(known) or 'none of this shape'}; `sensitivity profile MODEL --runtime "
+            f"{', '.join(known) or 'none'}; `sensitivity profile MODEL --runtime "
             f"{self.runtime}` measures those of its --bits, --group and --symmetric"
         )
 

@@ -55,11 +55,12 @@ def restrict(
                 refused.setdefault(rule, {}).setdefault(str(scheme), []).append(component.name)
         # a component that must be quantized, while the runtime can load none of its schemes, leaves no plan at all
         if wanted is not None and not wanted(component.name, None) and asked and all(why.values()):
-            raise UserError(f"{name} can load none of what {component.name} is allowed: {why[asked[0]][0]}")
+            raise UserError(f"{name} can load none of the schemes allowed for {component.name}: {why[asked[0]][0]}")
     notes = [_left_out(parts, places, rule) for rule, places in refused.items()]
     if not legal:
-        raise UserError(f"{name} can load nothing of this space: {'; '.join(notes)}")
-    notes += [f"{', '.join(g)} share their scheme: {runtime(name).title} makes one layer" for g in tied(parts, name)]
+        raise UserError(f"{name} can load none of these schemes: {'; '.join(notes)}")
+    title = runtime(name).title
+    notes += [f"{', '.join(group)} share their scheme: {title} makes one layer of them" for group in tied(parts, name)]
     return [scheme for scheme in schemes if scheme in legal], notes
 
 

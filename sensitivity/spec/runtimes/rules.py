@@ -52,8 +52,9 @@ def _of_method(scheme: Scheme, able: Runtime) -> Iterator[str]:
         )
     if able.packed and scheme.method == "awq" and scheme.get("scales") != "folded":
         yield (
-            f"{able.title} has no place for the factor per input that awq stores; sweep with --set scales=folded, by "
-            "which the layer before takes it over where that is exact (never across a GELU), or use --format fake"
+            f"{able.title} has no place for the factor per input channel that awq stores; sweep with --set "
+            "scales=folded, which moves it into the layer before where that is exact (never across a GELU), or use "
+            "--format fake"
         )
     if able.packed and scheme.get("transform"):
         yield (
@@ -65,9 +66,11 @@ def _of_method(scheme: Scheme, able: Runtime) -> Iterator[str]:
 def _of_grid(scheme: Scheme, able: Runtime) -> Iterator[str]:
     """Rules about widths, groups and zero points."""
     widths = able.symmetric if scheme.symmetric else able.asymmetric
-    if scheme.bits not in widths:
-        kind = "symmetric" if scheme.symmetric else "asymmetric"
-        yield f"{able.title} loads {kind} widths {comma_list(widths) or 'of no kind'}, not {scheme.bits}"
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    if not widths:
+        yield f"{able.title} loads no {kind} codes; use --{'no-' if scheme.symmetric else ''}symmetric"
+    elif scheme.bits not in widths:
+        yield f"{able.title} loads {kind} codes of {comma_list(widths)} bits, not {scheme.bits}"
     groups = able.groups_of.get(scheme.bits, able.groups)
     if groups is not None and scheme.group not in groups:
         yield f"{able.title} takes groups of {comma_list(groups)} at {scheme.bits} bits, not {scheme.group}"
@@ -75,7 +78,7 @@ def _of_grid(scheme: Scheme, able: Runtime) -> Iterator[str]:
         yield f"{able.title} takes a scale per row or group, not one per tensor; use --group row"
     elif not scheme.symmetric and able.zeros is not None and scheme.group not in able.zeros:
         zeros = comma_list(able.zeros)
-        yield f"{able.title} loads zero points of {zeros} groups, not of {scheme.group}; use --symmetric"
+        yield f"{able.title} loads zero points at --group {zeros}, not at --group {scheme.group}; use --symmetric"
 
 
 def _of_rounding(scheme: Scheme, able: Runtime) -> Iterator[str]:
@@ -91,8 +94,9 @@ def _of_rounding(scheme: Scheme, able: Runtime) -> Iterator[str]:
     if not able.activations:
         yield f"{title} cannot say that activations are rounded; sweep without --activation-bits, or use --format plan"
     elif scheme.activations not in beside:
-        pairs = [f"{a} beside weights of {bits} bits" for bits, widths in able.activations.items() for a in widths]
-        yield f"{title} takes activations of {' or '.join(pairs)}, not of {scheme.activations} beside {scheme.bits}"
+        pairs = [(a, bits) for bits, widths in able.activations.items() for a in widths]
+        taken = " or ".join(f"{a} bits beside weights of {bits} bits" for a, bits in pairs)
+        yield f"{title} takes activations of {taken}, not of {scheme.activations} beside {scheme.bits}"
     elif able.packed and (not scheme.symmetric or scheme.group != "row"):
         rows = "beside symmetric weights with a scale per row; use --symmetric --group row"
         yield f"{title} takes rounded activations {rows}"
