@@ -70,7 +70,7 @@ def _check_chain(adapter: Adapter, name: str) -> None:
     base = Path(adapter.base).expanduser()
     while not_a_file(base) == FOLDER:
         if base.resolve() in seen:
-            raise UserError(f"the adapter {name} is its own base model; type {name}@BASE, where BASE is a whole model")
+            raise UserError(f"the adapter {name} is its own base model; type {name}@BASE, where BASE is a full model")
         seen.append(base.resolve())
         config = adapter_config(base, str(base))
         if config is None:
@@ -88,7 +88,7 @@ def base_of(config: dict[str, object], folder: Path, name: str) -> str:
     try:
         model_folder(base, config_only=True)
     except UserError as error:
-        why = f"{name} is an adapter for {shortened(base)}, which cannot be had"
+        why = f"{name} is an adapter for {shortened(base)}, which cannot be loaded"
         raise UserError(f"{why} ({error}); type {name}@FOLDER, where FOLDER holds that model") from error
     return base
 
@@ -121,15 +121,20 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter, name: str) -> nn.Mod
             f"the adapter {name} {problem} its base model: {', '.join(mismatched[:4])}; is the base model right?"
         )
     try:
-        whole_model: nn.Module = adapted.merge_and_unload(safe_merge=True)
+        merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # NaN, most often
         raise UserError(f"the adapter {name} cannot be merged into its base model ({reason(error)})") from error
-    return whole_model
+    return merged
 
 
 def _check_rank(adapter: Adapter, largest: int, name: str) -> None:
-    """Raise an error for a rank larger than every tensor: PEFT allocates by the config before it reads tensors."""
+    """Raise an error for a rank above the longest dimension of all tensors.
+
+    PEFT allocates memory for the rank in the config before it reads a tensor.
+    """
     ranks = adapter.config.get("rank_pattern")
     for rank in (adapter.config.get("r"), *(ranks.values() if isinstance(ranks, dict) else ())):
         if isinstance(rank, int | float) and not 0 <= rank <= largest:
-            raise UserError(f"{CONFIG} of {name} has the rank {rank}, and no stored tensor is larger than {largest}")
+            raise UserError(
+                f"{CONFIG} of {name} has the rank {rank}, and no stored tensor has a dimension above {largest}"
+            )

@@ -1,4 +1,4 @@
-"""Checks a model folder before it is loaded: its place, config, weight files and fingerprint."""
+"""Finds a model's folder, checks its config and weight files before any weight is read, and fingerprints them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ OTHER_JSON_FILES = (  # files that transformers reads beside the config; it igno
 LAYER_COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|stages?|experts?)$")  # counts of repeated modules
 MAX_COUNT = 1000  # the deepest models have some hundreds of layers; building a module takes a millisecond and memory
 WEIGHT_MAP = Kind(
-    "tensors and their files", lambda value: isinstance(value, dict) and all(map(_is_shard, value.values()))
+    "tensors and their files", lambda value: isinstance(value, dict) and all(map(_is_file_name, value.values()))
 )
 HASHED_WHOLE = 100 * 2**20  # bytes; of a larger file, only the header and PIECE_COUNT pieces are hashed
 PIECE_COUNT, PIECE_BYTES = 64, 2**16
@@ -95,7 +95,8 @@ def model_folder(name: str, config_only: bool = False) -> Path:
         return Path(snapshot_download(name, allow_patterns=CONFIG_FILES if config_only else FILES_TO_DOWNLOAD))
     except (OSError, ValueError) as error:
         why = (
-            f"'{shortened(name)}' is neither a folder here nor a model that could be had from the hub ({reason(error)})"
+            f"'{shortened(name)}' is neither a folder here nor a model that can be downloaded from the hub "
+            f"({reason(error)})"
         )
         raise UserError(f"{why}; {instead}") from error
 
@@ -106,7 +107,10 @@ def _embedded() -> str:
 
 
 def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, object]:
-    """The contents of config.json; an error where transformers alone cannot build the model from it."""
+    """The contents of config.json, checked, as are the other JSON files that transformers reads.
+
+    A checkpoint that is already quantized is an error, unless `quantized` allows it.
+    """
     file = folder / "config.json"
     if not_a_file(file) == MISSING:
         raise UserError(
@@ -148,7 +152,7 @@ def _check_counts(config: object, path: str = "") -> None:
         _check_counts(value, below)
 
 
-def _is_shard(value: object) -> bool:
+def _is_file_name(value: object) -> bool:
     """Whether a value of an index is the name of a file in the same folder."""
     return FILE_INSIDE.fits(value) and "/" not in str(value)
 
@@ -156,10 +160,10 @@ def _is_shard(value: object) -> bool:
 def shards_of(index: Path, name: str) -> list[Path]:
     """The weight files that an index names; a missing one is an error."""
     try:
-        shard_of = check(json_object(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
+        file_of = check(json_object(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
     except Misfit as error:
         raise UserError(f"{index.name} of {name} cannot be used: {error}; fetch it again") from error
-    files = sorted({index.parent / shard for shard in shard_of.values()})
+    files = sorted({index.parent / file for file in file_of.values()})
     if missing := [shortened(file.name) for file in files if not_a_file(file) == MISSING]:
         raise UserError(f"{name} lacks {', '.join(missing[:8])}, which its index names; fetch the missing files")
     return files
@@ -228,7 +232,7 @@ def header(file: Path) -> dict[str, StoredTensor]:
 
 
 def common_width(files: Sequence[Path]) -> int | None:
-    """The bits in which most weights are stored; None without files."""
+    """The bits in which most weights are stored; None without safetensors files."""
     widths: Counter[int] = Counter()
     for file in files:
         for entry in header(file).values() if file.suffix == ".safetensors" else ():

@@ -24,8 +24,8 @@ def without_weights(name: str) -> VLM:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(name, allow_patterns=ALL_BUT_WEIGHTS))
-    made = original_processor if is_original(read_config(folder, name)) else load_processor
-    processor = made(folder, name, vlm.model.config)
+    processor_from = original_processor if is_original(read_config(folder, name)) else load_processor
+    processor = processor_from(folder, name, vlm.model.config)
     if processor is None:
         raise UserError(f"{name} has no processor or tokenizer files; they are needed to read prompts and images")
     return replace(vlm, processor=processor)

@@ -43,7 +43,7 @@ def discover(
     native_bits: int = 16,
     include: Collection[str] = (),
 ) -> ComponentMap:
-    """Sort every parameter of a model, which may be on the meta device, into weights and those kept for a reason.
+    """Sort every parameter of a model into a component, or keep it for a reason; the model may be on the meta device.
 
     `include` names the language model's embedding or output head, which become components instead of being kept.
     """

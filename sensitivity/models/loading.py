@@ -58,7 +58,7 @@ def load(
 
     With `config_only` it neither needs nor loads weights. With `quantized` it accepts a checkpoint that is already
     quantized, such as an export, and unpacks its weights at once. The device `auto` spreads a model over all devices.
-    An adapter is merged into its base model, which its config names, or `name` itself after an @.
+    An adapter is merged into the base model that its config names, or into BASE if `name` is ADAPTER@BASE.
 
     Examples:
         >>> from sensitivity import load

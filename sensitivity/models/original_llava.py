@@ -67,8 +67,8 @@ def converted_config(raw: Config, name: str) -> LlavaConfig:
     """The config in transformers' terms, with one more token: the placeholder for image features."""
     if raw.get("mm_projector_type") != "mlp2x_gelu":
         raise UserError(
-            f"{name} has the projector {raw.get('mm_projector_type')!r} of LLaVA's own layout; only mlp2x_gelu, of "
-            "LLaVA-1.5 and GeoChat, is known"
+            f"{name} has the projector {raw.get('mm_projector_type')!r} of LLaVA's original layout; only mlp2x_gelu, "
+            "of LLaVA-1.5 and GeoChat, is known"
         )
     try:
         check(raw, {"vocab_size": VOCABULARY_SIZE, "mm_vision_tower": FILE}, {"rope_scaling": OBJECT})
@@ -77,15 +77,15 @@ def converted_config(raw: Config, name: str) -> LlavaConfig:
         raise
     except Exception as error:  # transformers checks each value, with its own types of error
         raise UserError(
-            f"config.json of {name} does not fit LLaVA's own layout ({reason(error)}); fetch it again"
+            f"config.json of {name} does not fit LLaVA's original layout ({reason(error)}); fetch it again"
         ) from error
 
 
 def _converted_config(raw: Config, name: str) -> LlavaConfig:
     """The conversion itself, whose errors `converted_config` explains."""
     known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "transformers_version"}
-    # fields of LLaVA's own code are dropped here and read below
     vocabulary_size = int(raw["vocab_size"])
+    # fields of LLaVA's own code are dropped here and read below
     text = {key: value for key, value in raw.items() if key in known and value is not None} | {
         "vocab_size": vocabulary_size + 1
     }
@@ -119,7 +119,7 @@ def _tower(tower: str, name: str) -> Config:
         config = json_object(model_folder(tower, config_only=True) / "config.json", tower)
         inside = check(config, {}, {"vision_config": OBJECT}).get("vision_config") or config
     except (UserError, Misfit) as error:
-        why = f"{name} names the vision tower {tower} (mm_vision_tower), whose config.json cannot be had"
+        why = f"{name} names the vision tower {tower} (mm_vision_tower), whose config.json cannot be read"
         raise UserError(f"{why} ({reason(error)})") from error
     known = CLIPVisionConfig().to_dict()
     return {key: value for key, value in inside.items() if key in known}
@@ -132,8 +132,8 @@ def original_weight_files(folder: Path, name: str) -> list[Path]:
         return weight_files(folder, name)
     if not_a_file(index) == not_a_file(whole) == MISSING:
         raise UserError(
-            f"{name} has no weights here; those in LLaVA's own layout are often pickles, which sensitivity does not "
-            "download: type `hf download NAME --local-dir FOLDER` and give the folder"
+            f"{name} has no weights here; those in LLaVA's original layout are often pickles, which sensitivity does "
+            "not download: type `hf download NAME --local-dir FOLDER` and give the folder"
         )
     return [whole] if not_a_file(index) == MISSING else shards_of(index, name)
 
@@ -178,8 +178,8 @@ def _with_image_token_row(rows: Tensor, vocabulary_size: int | None) -> Tensor:
 def _renamed(key: str) -> str:
     """A tensor's name in transformers."""
     for pattern, new in RENAMED:
-        key, conversions = re.subn(pattern, new, key)
-        if conversions:
+        key, count = re.subn(pattern, new, key)
+        if count:
             break
     return key
 

@@ -13,13 +13,14 @@ from sensitivity.spec.components import natural_order
 from sensitivity.spec.errors import UserError
 
 Shape = tuple[int, ...]
-# The most numbers in all buffers. No file holds them, so a wrong config can make them huge; real models have thousands
+# The most elements of all buffers together. No file holds buffers, so a wrong config can make them huge; those of real
+# models have thousands.
 BUFFER_NUMBERS = 2**30
-# problem -> the verb of the message
-VERBS = {
-    "lacks": "lacks",
-    "unknown": "has unknown",
-    "shape": "has, of another shape than its config says,",
+# problem -> what the message says of the checkpoint
+PROBLEMS = {
+    "lacks": "lacks tensors for {model}",
+    "unknown": "has unknown tensors for {model}",
+    "shape": "has tensors for {model} of another shape than its config says",
 }
 
 
@@ -66,10 +67,8 @@ def check_none(model: nn.Module, name: str, problem: str, keys: Iterable[str]) -
     """Raise an error that names the missing, unknown or misshapen tensors, if there are any."""
     if ordered := sorted(keys, key=natural_order):
         some = first_names(ordered)
-        raise UserError(
-            f"the checkpoint of {name} {VERBS[problem]} tensors for {type(model).__name__}: {some}; "
-            "fetch it again, or mend its config.json"
-        )
+        what = PROBLEMS[problem].format(model=type(model).__name__)
+        raise UserError(f"the checkpoint of {name} {what}: {some}; fetch it again, or mend its config.json")
 
 
 def first_names(ordered: list[str]) -> str:

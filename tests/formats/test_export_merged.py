@@ -1,4 +1,4 @@
-"""Exports of models that no checkpoint holds as they were measured: merged adapters, and LLaVA's own layout."""
+"""Exports of models that no checkpoint holds as they were measured: merged adapters, and LLaVA's original layout."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_base_model_that_is_not_there_can_be_named_behind_an_at(
     with pytest.raises(UserError) as failed:
         load(str(apart))
     said = str(failed.value)
-    assert said.startswith(f"{apart} is an adapter for someone/llava-7b, which cannot be had (")
+    assert said.startswith(f"{apart} is an adapter for someone/llava-7b, which cannot be loaded (")
     assert said.endswith(f"; type {apart}@FOLDER, where FOLDER holds that model")
     name = f"{apart}@{folder / 'llava'}"
     theirs = load(str(folder / "adapter")).model.state_dict()

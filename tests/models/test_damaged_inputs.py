@@ -828,10 +828,10 @@ BASES: dict[str, tuple[Any, str]] = {
     "nothing": (None, "names no base model"),
     "no text": ("", "base_model_name_or_path is"),
     "a zero inside": ("a\0b", "base_model_name_or_path is"),
-    "too long": ("a/" * 3000, "cannot be had"),
+    "too long": ("a/" * 3000, "cannot be loaded"),
     "itself": (".", "is its own base model"),
     "itself by a longer way": ("../lora", "is its own base model"),
-    "no folder": ("./nowhere/at/all", "cannot be had"),
+    "no folder": ("./nowhere/at/all", "cannot be loaded"),
 }
 
 
@@ -852,7 +852,7 @@ def test_adapters_in_a_circle(lora: Path, tmp_path: Path) -> None:
 
 
 ADAPTED: dict[str, tuple[dict[str, Any], str]] = {
-    "a rank beyond all": ({"r": 10**9}, "has the rank 1000000000, and no stored tensor is larger"),
+    "a rank beyond all": ({"r": 10**9}, "has the rank 1000000000, and no stored tensor has a dim"),
     "a negative rank": ({"r": -2}, "has the rank -2"),
     "another rank": ({"r": 3}, "does not fit its base model"),
     "a rank of text": ({"r": "two"}, "does not fit its base model"),
@@ -896,7 +896,7 @@ def test_an_adapter_of_numbers_that_are_none(lora: Path, dtype: torch.dtype | No
     assert ("cannot be merged" if dtype is None else "as whole numbers or in 8 bits") in said
 
 
-# -- LLaVA's own layout
+# -- LLaVA's original layout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A checkpoint in LLaVA's own layout becomes the same model as one that was built directly; what is amiss is named."""
+"""A checkpoint in LLaVA's original layout becomes the same model as one built directly; what is amiss is named."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_tensors_without_a_place_are_named(
     ("values", "message"),
     [
         ({"mm_projector_type": "linear"}, r"has the projector 'linear' .* only mlp2x_gelu"),
-        ({"mm_vision_tower": "./no/such/tower"}, r"names the vision tower ./no/such/tower .* cannot be had"),
+        ({"mm_vision_tower": "./no/such/tower"}, r"names the vision tower ./no/such/tower .* cannot be read"),
         ({"vocab_size": 150}, r"the checkpoint of .* of another shape than its config says"),
     ],
 )

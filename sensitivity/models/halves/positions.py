@@ -21,10 +21,11 @@ class Positions:
     def __init__(self, vlm: VLM) -> None:
         self.model, self.image_token = vlm.model.model, int(vlm.model.config.image_token_id)
         self.grids: Tensor | None = None  # of the images that were read last
-        self.shift = 0  # from the number of a later token to its position: an image takes fewer than it has tokens
+        # added to the index of a later token to get its position: an image takes fewer positions than it has tokens
+        self.shift = 0
 
     def next(self, ids: Sequence[int], read: int) -> Tensor:
-        """Three positions for each token of a prompt, or for each of the tokens behind the `read` ones."""
+        """Three positions for each of these tokens: a whole prompt, or tokens that follow `read` earlier ones."""
         if read:
             return (torch.arange(read, read + len(ids)) + self.shift).expand(3, 1, -1)
         tokens = torch.tensor([list(ids)])
@@ -34,5 +35,5 @@ class Positions:
 
 
 def positions_of(vlm: VLM) -> Positions | None:
-    """The positions of a model's prompts; None where they count the tokens."""
+    """The positions of a model's prompts; None where a token's position is its index."""
     return Positions(vlm) if in_plane(vlm) else None

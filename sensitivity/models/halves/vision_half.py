@@ -13,11 +13,13 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
-MERGED = 29  # merged patches of a traced image whose size may vary: a prime that no model uses
+# Merged patches of a traced image whose size may vary. Torch treats equal sizes as the same dimension, so it is a prime
+# that no model uses.
+MERGED = 29
 
 
 class Vision(nn.Module):
-    """LLaVA and BLIP-2: an image of one size to its features, the rows that replace the placeholder tokens."""
+    """LLaVA and BLIP-2: turns an image of fixed size into features, the rows that replace the placeholder tokens."""
 
     varies: ClassVar[tuple[str, ...]] = ()  # inputs whose number of rows depends on the size of the image
 
@@ -37,7 +39,10 @@ class Vision(nn.Module):
 
     @staticmethod
     def example(config: PreTrainedConfig) -> dict[str, Tensor]:
-        """One image; only its shape matters. Some families make a list of images, whose length tracing fixes."""
+        """One image, of which only the shape matters.
+
+        Not several: some families make a list of their features, and tracing would fix its length.
+        """
         vision = config.vision_config
         return {
             "pixel_values": torch.empty(1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)

@@ -222,7 +222,7 @@ def layout_of(weight: Weight, scheme: Scheme | None, runtime: str) -> str:
 
 def tokens_at_once(weight: Weight, stage: str, at_once: Mapping[str, int], tokens: Mapping[str, int]) -> int:
     """How many tokens a weight reads at once in a stage; 0 where it reads none, or is looked up."""
-    if weight.is_embedding and weight.tied is None:
+    if weight.is_embedding:
         return 0
     if weight.part != "language":
         return at_once[weight.name] if stage == "image" else 0
