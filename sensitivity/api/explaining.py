@@ -188,7 +188,8 @@ def _check_precision(integral: PathIntegral, vlm: VLM) -> None:
 
 def _failing_tasks(study: Study, plan: Plan, names: Sequence[str], n: int) -> list[Task]:
     """The tasks, with only the n examples whose scores a plan lowers most."""
-    worse = [one for one in changed(study, plan) if one.cost > 0]
+    asked = {find_task(name, n=1).name for name in names}
+    worse = [one for one in changed(study, plan) if one.cost > 0 and one.task in asked]
     if not worse:
         raise UserError(f"no answer of the plan {plan.describe()} is worse than full precision's: nothing failed")
     chosen = {(one.task, one.example) for one in worse[:n]}

@@ -69,7 +69,7 @@ def export(
     keep: Iterable[Path] = (),
     note: bool = True,
 ) -> Path:
-    """Write a plan as files that a runtime loads; if it cannot load the plan, the error names the best that it can.
+    """Write a plan as files that a runtime loads; if it cannot load this plan, the error names the best one.
 
     With `force` it replaces what is at `out`, but only if an earlier export wrote that; it never replaces what is in
     `keep`. With another `path` (float, exposed or both), it calibrates again on that path, and measures the gain.
@@ -135,12 +135,12 @@ def _on_path(study: Study, plan: Plan, path: str, model: VLM) -> tuple[Plan, Tri
         why = f"was measured on the {path} path already" if is_calibrated else "has no method that is calibrated"
         raise UserError(f"--path {path} changes nothing: this plan {why}; leave it out")
     # one sweep for each plan, as their calibration statistics differ; both on the same fresh examples, in one study
-    second, meta = study, study.meta
+    fresh, meta = study, study.meta
     for one in (plan, other):
         _, statistics = with_calibration(model, study.parts, one.distinct_schemes, meta["tasks"])
         n, seed, out = meta["n"], meta["seed"] + FRESH, paths.verification_folder(study.path)
-        second = sweep(model, study.parts, [one], meta["tasks"], out, n=n, seed=seed, statistics=statistics)
-    return other, {"path_gain": {"path": path, **{task: _gain(second, other, plan, task) for task in study.tasks}}}
+        fresh = sweep(model, study.parts, [one], meta["tasks"], out, n=n, seed=seed, statistics=statistics)
+    return other, {"path_gain": {"path": path, **{task: _gain(fresh, other, plan, task) for task in study.tasks}}}
 
 
 def _gain(study: Study, ours: Plan, theirs: Plan, task: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Finds causes of failures: runs a plan with one part at a time put back to more bits, on the failed examples only."""
+"""Finds causes of failures: runs a plan with one part at a time at full precision, on the failed examples only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sensitivity.tasks.examples.types import Task
 
 
 def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -> Iterator[Step]:
-    """An iterator that measures which part mends each of these examples: each step puts one part back.
+    """An iterator that measures which part mends each of these examples: each step runs one part at full precision.
 
     The plan with the cheapest part put back runs on all of them, and each further one on those that are not mended
     yet. The answers are stored in the study, and none is computed twice; `causes.cause` reads them.
@@ -38,16 +38,16 @@ def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -
     codes = WeightCodes(int(MEMORY_GB * GB / 2))  # a weight is quantized once, for all parts that are put back
     done, number_of_parts = 0, len(put_back(study, plan))
     for number in range(number_of_parts):
-        parts = put_back(study, plan)  # again, since it reads what the last step measured
-        chosen = {(one.task, one.example) for one in failed if next_part(one, parts) is parts[number]}
+        restored = put_back(study, plan)  # again, since it reads what the last step measured
+        chosen = {(one.task, one.example) for one in failed if next_part(one, restored) is restored[number]}
         if chosen:
             began = time.perf_counter()
-            with quantized(vlm.model, study.parts, parts[number].plan, codes, statistics):
+            with quantized(vlm.model, study.parts, restored[number].plan, codes, statistics):
                 frames = [pd.DataFrame(evaluate(vlm, some, plain=plan.prunes)) for some in _with_only(chosen, tasks)]
-            _store(study, parts[number].plan, frames)
+            _store(study, restored[number].plan, frames)
             done, left = done + len(chosen), len(chosen) * (number_of_parts - number - 1)
             seconds = time.perf_counter() - began
-            yield Step(parts[number].plan, {}, seconds, True, done, left, len(failed), len(chosen))
+            yield Step(restored[number].plan, {}, seconds, True, done, left, len(failed), len(chosen))
 
 
 def _tasks(study: Study, failed: Sequence[Change]) -> list[Task]:

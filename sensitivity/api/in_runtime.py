@@ -1,4 +1,4 @@
-"""Runs a recommended plan in its runtime, from packed codes: whether answers are the same, and its time and memory."""
+"""Runs a recommended plan in its runtime, from packed codes: compares its answers, and measures its time and memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class InRuntime:
     """The time and memory that a plan took in its runtime, as medians with intervals, beside the requested limits."""
 
     runtime: str
-    answers: str  # whether they are the measured ones, in words
-    same: bool
+    answers: str  # whether they are those that the plan gave when it was measured, in words
+    same: bool  # the same as a truth value
     costs: Mapping[str, tuple[float, float, float]]  # cost -> median, low, high
     limits: Mapping[str, float]  # cost -> its requested limit
 

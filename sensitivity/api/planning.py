@@ -165,8 +165,8 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
     """For each budget, the few plans that are expected to be best, and the best uniform plan.
 
-    Measured plans are ranked by their believed score. The surrogate's best, and opening plans that were not measured,
-    are ranked by their predicted score.
+    Measured plans are ranked by their `believed` score, which is free of most noise. The surrogate's best, and opening
+    plans that were not measured, are ranked by their predicted score.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = predicted_shares(study, knapsack, request.weights)
@@ -214,8 +214,8 @@ def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:
     """Raise an error for a calibration path on which single components have no score."""
     if (used := path_for(schemes, path)) != "float":
         raise UserError(
-            f"scores of single components need the float path, and behind quantized layers (the path {used}) they "
-            "differ from plan to plan; leave out --path, or choose a --method that does without"
+            f"scores of single components need the float path: on the path {used} a component's inputs differ from "
+            f"plan to plan; leave out --path, or choose a --method that does not need the path {used}"
         )
 
 

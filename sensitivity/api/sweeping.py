@@ -42,7 +42,7 @@ CACHE_GB = 8.0  # of calibration statistics on disk, at most
 
 
 class SweepOptions(TypedDict, total=False):
-    """The options of `sweep`; `begin_sweep` says what they mean and has their defaults."""
+    """The options of `sweep`; `begin_sweep` has their defaults, and its docstring says what they mean."""
 
     n: int
     seed: int
@@ -169,7 +169,11 @@ def begin_sweep(
     whole: bool = False,
     runtime: str | None = None,
 ) -> tuple[Study, Iterator[Step]]:
-    """The study, and an iterator that runs the sweep: each step is a finished trial.
+    """The study, and an iterator that runs the sweep: each step is a plan that has run on a shard of the examples.
+
+    `n` is the largest number of examples per task, drawn with `seed`. Quantized weights and hidden states
+    that plans share take at most `memory_gb`; with `plain`, plans share none. `storage` is the URL of a database for
+    the trials, in place of a journal file in `out`.
 
     Methods that need calibration take it from `statistics`, by default computed on the calibration splits of the
     tasks. `until` may end the sweep early ("10min", "error<0.5%"); later examples then go to plans that still matter.

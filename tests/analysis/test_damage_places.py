@@ -15,6 +15,7 @@ from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.damage_places import DamagePlaces, explanations_of
 from sensitivity.analysis.failures.gallery import MAX_EXPLAINED, changed, galleries
 from sensitivity.analysis.reporting.failures_page import write
+from sensitivity.api import explaining
 from sensitivity.cli.main import main
 from sensitivity.models.processors import square_seen
 from sensitivity.spec.plan import Plan
@@ -92,6 +93,14 @@ def test_what_an_earlier_version_stored_is_left_out(tmp_path: Path) -> None:
         assert explanations_of(study.path, TWO) == []
     file.write_bytes(b"\xff")
     assert explanations_of(study.path, TWO) == []
+
+
+def test_only_failures_of_the_requested_tasks_are_explained(tmp_path: Path) -> None:
+    asked = [task("vqa", n=30), task("caption", n=30)]
+    study = answered.study(tmp_path / "run", asked, given, ["vqa", "caption"], n=30)
+    assert {one.task for one in changed(study, TWO)} == {one.name for one in asked}
+    for name in ("vqa", "caption"):
+        assert {one.name for one in explaining._failing_tasks(study, TWO, [name], 5)} == {task(name, n=1).name}
 
 
 def test_answers_that_got_worse_are_explained_on_their_own_images(
