@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
+from sensitivity.study.counting import count
 from sensitivity.study.storage import paths
 from sensitivity.study.storage.process_lock import ProcessLock, held
 from sensitivity.study.trial import REPAIR
@@ -94,8 +95,8 @@ def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
         raise UserError(f"{path} was interrupted before its first trial; delete it and start again")
     schema.check(attrs, "study", f"the study at {path} is damaged", REPAIR)
     if len(study.directions) != len(attrs["tasks"]) + 1:
-        count = len(study.directions) - 1
-        raise UserError(f"the study at {path} is damaged: it has {count} scores for other tasks; {REPAIR}")
+        scores, tasks = count(len(study.directions) - 1, "score"), count(len(attrs["tasks"]), "task")
+        raise UserError(f"the study at {path} is damaged: its trials have {scores}, and it names {tasks}; {REPAIR}")
     parts = ComponentMap.from_json(attrs["parts"])
     try:
         nameless = [name for name in parts.names if not name]

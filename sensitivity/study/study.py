@@ -188,11 +188,16 @@ class Study:
         return {name: sum(trial.state == state for trial in trials) for name, state in states.items()}
 
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
-        """How many images all trials have seen, and how many wanted ones have yet to see; finished ones saw `total`."""
+        """How many images all trials have seen, and how many the wanted trials have yet to see.
+
+        `total` is what a finished trial has seen.
+        """
         trials = [trial for trial in self._trials.cached() if trial.state not in ABANDONED]
         seen = [total if trial.state == TrialState.COMPLETE else trial.done for trial in trials]
-        is_wanted = [wanted is None or trial.key in wanted for trial in trials]
-        return sum(seen), sum(total - images for images, counts in zip(seen, is_wanted, strict=True) if counts)
+        left = [
+            total - images for images, trial in zip(seen, trials, strict=True) if wanted is None or trial.key in wanted
+        ]
+        return sum(seen), sum(left)
 
     def table(self) -> pd.DataFrame:
         """One row per measured trial: bits per component, size, and per task the score and its interval (see `row`)."""

@@ -483,7 +483,7 @@ STUDIES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "no task": ("tasks", put("tasks", []), "'tasks' is []"),
     "a task of null": ("tasks", put("tasks", [None]), "'tasks[0]' is null"),
     "tasks as a text": ("tasks", put("tasks", "vqa"), "'tasks' is \"vqa\""),
-    "two tasks of one": ("tasks", put("tasks", ["vqa", "ground"]), "scores for other tasks"),
+    "two tasks of one": ("tasks", put("tasks", ["vqa", "ground"]), "1 score, and it names 2 tasks"),
     "no weight": ("parts", put("parts/weights", []), "'parts.weights' is []"),
     "a weight of 5": ("parts", put("parts/weights", [5]), "'parts.weights[0]' is 5"),
     "a weight without rows": ("parts", put("parts/weights/0/rows", 0), "rows' is 0"),

@@ -39,7 +39,7 @@ def test_a_table_becomes_a_study(tmp_path: Path) -> None:
         write(tmp_path, frame), tmp_path / "run", ["cider", "meteor"], parts=COLUMNS, numel=numel, total=4000
     )
     assert (found.rows, found.used) == (135, 135)
-    assert "10 rows repeat the bits of an earlier one: kept as replicates" in found.notes
+    assert "10 rows with the bits of an earlier one: kept as replicates" in found.notes
     study = Study(tmp_path / "run")
     read = study.table()
     assert len(read) == 135
@@ -152,7 +152,7 @@ ROWS = "v,c,l,cider\n" + "".join(f"{v},{c},{w},{v + w}\n" for v in (2, 4, 8) for
         (ROWS.replace("2,4,2,", ",4,2,"), ["17 of 18 rows", "note: 1 row left out: bits are missing"]),
         (ROWS.replace("2,4,2,4", "2,4,2,nan"), ["17 of 18", "note: 1 row left out: a score is missing or not finite"]),
         (ROWS.replace("v,c", "v,v"), ["error: the table has two columns named 'v'; rename or delete one"]),
-        (ROWS.replace(",8,", ",4,"), ["connector has the same bits in every row", "9 rows repeat the bits"]),
+        (ROWS.replace(",8,", ",4,"), ["connector has the same bits in every row", "9 rows with the bits"]),
         ("v,c,l,cider\n4,4,4,1\n", ["1 of 1 rows", "vision has the same bits in every row"]),
         (ROWS.replace("2,4,2,4", "2,4,2,high"), ["error: column 'cider' holds 'high' in row 1, not a number"]),
         (ROWS.replace("2,4,2,4", "17,4,2,4"), ["error: vision has 17 bits in row 1; bits are whole numbers"]),

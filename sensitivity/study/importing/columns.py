@@ -1,4 +1,4 @@
-"""The columns of an imported table, read and checked: bits per component, given directly or by switches; scores."""
+"""Reads and checks the columns of an imported table: scores, and bits per component, given directly or by switches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(f"{path} is not a table with commas and a header: it is not text in UTF-8") from error
     except (ValueError, csv.Error, pd.errors.ParserWarning) as error:
         raise UserError(
-            f"{path} is not a table with commas and a header, whose rows all have as many fields as that"
+            f"{path} is not a table with commas and a header, in which each row has as many fields as the header"
         ) from error
     if len(header) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header[0]), None)):
         raise UserError(f"{path} separates its columns by {other!r}; save it with commas")
@@ -177,5 +177,5 @@ def remarks(bits: pd.DataFrame) -> list[str]:
     notes = [f"{name} has the same bits in every row: nothing can be said about it" for name in constant]
     repeated = int(bits.duplicated().sum())
     if repeated:
-        notes.append(f"{count(repeated, 'row')} repeat the bits of an earlier one: kept as replicates")
+        notes.append(f"{count(repeated, 'row')} with the bits of an earlier one: kept as replicates")
     return notes

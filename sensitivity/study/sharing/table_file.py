@@ -40,7 +40,8 @@ def check(out: Path, force: bool) -> None:
     if there and not force:
         raise UserError(f"{there[0]} is already there; choose another --out or add --force")
     if there and not ours:
-        raise UserError(f"{there[0]} is not replaced: no table of ours with its card is there; choose another --out")
+        why = f"{card.name} beside it is missing, or was not written by `sensitivity table`"
+        raise UserError(f"{there[0]} is not replaced: {why}; choose another --out")
 
 
 def is_ours(card: Path) -> bool:

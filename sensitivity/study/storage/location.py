@@ -22,7 +22,7 @@ def address(path: Path) -> str | None:
     except (OSError, ValueError):
         url = ""
     if "://" not in url:
-        raise UserError(f"{file} names no database; it holds one line such as postgresql+psycopg://HOST/DB")
+        raise UserError(f"{file} names no database; it must hold one line such as postgresql+psycopg://HOST/DB")
     return url
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 JOURNAL = "journal.log"  # Optuna's journal: all trials, unless they are in a database
 ADDRESS = "storage.url"  # the URL of that database
-QUEUE_LOCK = "queue"  # held while the queue is changed
+QUEUE_LOCK = "queue"  # the lock that is held while the queue is changed; the name of its file has a suffix
 # all files of a study before its first trial
 FIRST_FILES = (ADDRESS, JOURNAL, "journal.kernel-lock", "queue.kernel-lock")
 PLAN = "plan.json"  # the recommendation for the first budget that was asked for

@@ -32,7 +32,7 @@ class ProcessLock(JournalFileOpenLock):
         self._lock: filelock.BaseFileLock = filelock.FileLock(self._file, poll_interval=POLL)
 
     def acquire(self) -> bool:
-        """Wait for the lock and take it; an error of one sentence where no file can be made."""
+        """Wait for the lock and take it; raise an error where its file cannot be made."""
         try:
             # filelock makes missing folders, and where no file can be made, as in /proc, it tries again without end
             if not os.path.lexists(self._file):
@@ -40,8 +40,8 @@ class ProcessLock(JournalFileOpenLock):
             self._lock.acquire()
         except FileNotFoundError as error:
             where = self._path.parent
-            why = "makes no files" if where.is_dir() else "is gone"
-            raise Failed(f"cannot use {self._path}: the folder {where} {why}; choose another") from error
+            why = f"no file can be made in {where}" if where.is_dir() else f"the folder {where} is gone"
+            raise Failed(f"cannot use {self._path}: {why}; choose another folder") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise disk_error(self._path, error) from error
