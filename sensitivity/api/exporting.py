@@ -69,7 +69,7 @@ def export(
     keep: Iterable[Path] = (),
     note: bool = True,
 ) -> Path:
-    """Write a plan as files that a runtime loads; if it cannot load this plan, the error names the best one.
+    """Write a plan as files that a runtime loads; if it cannot, the error names the best plan that it can load.
 
     With `force` it replaces what is at `out`, but only if an earlier export wrote that; it never replaces what is in
     `keep`. With another `path` (float, exposed or both), it calibrates again on that path, and measures the gain.

@@ -26,8 +26,8 @@ class InRuntime:
     """The time and memory that a plan took in its runtime, as medians with intervals, beside the requested limits."""
 
     runtime: str
-    answers: str  # whether they are those that the plan gave when it was measured, in words
-    same: bool  # the same as a truth value
+    answers: str  # a sentence that compares them with the measured answers
+    same: bool  # whether they are the measured answers
     costs: Mapping[str, tuple[float, float, float]]  # cost -> median, low, high
     limits: Mapping[str, float]  # cost -> its requested limit
 

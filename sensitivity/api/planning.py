@@ -165,8 +165,8 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
     """For each budget, the few plans that are expected to be best, and the best uniform plan.
 
-    Measured plans are ranked by their `believed` score, which is free of most noise. The surrogate's best, and opening
-    plans that were not measured, are ranked by their predicted score.
+    Measured plans are ranked by their `believed` score, in which the surrogate smooths noise. The surrogate's best, and
+    opening plans that were not measured, are ranked by their predicted score.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = predicted_shares(study, knapsack, request.weights)

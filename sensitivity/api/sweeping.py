@@ -171,9 +171,9 @@ def begin_sweep(
 ) -> tuple[Study, Iterator[Step]]:
     """The study, and an iterator that runs the sweep: each step is a plan that has run on a shard of the examples.
 
-    `n` is the largest number of examples per task, drawn with `seed`. Quantized weights and hidden states
-    that plans share take at most `memory_gb`; with `plain`, plans share none. `storage` is the URL of a database for
-    the trials, in place of a journal file in `out`.
+    `n` is the largest number of examples per task, drawn with `seed`. Quantized weights and hidden states that
+    plans share take at most `memory_gb`; with `plain`, plans share none. `storage` is the URL of a database for the
+    trials, in place of a journal file in `out`.
 
     Methods that need calibration take it from `statistics`, by default computed on the calibration splits of the
     tasks. `until` may end the sweep early ("10min", "error<0.5%"); later examples then go to plans that still matter.

@@ -107,7 +107,7 @@ def _embedded() -> str:
 
 
 def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, object]:
-    """The contents of config.json, checked, as are the other JSON files that transformers reads.
+    """The contents of config.json; raises an error if it, or other JSON that transformers reads, cannot be used.
 
     A checkpoint that is already quantized is an error, unless `quantized` allows it.
     """

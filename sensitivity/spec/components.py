@@ -221,7 +221,10 @@ class ComponentMap:
         return replace(self, by=granularity(by))
 
     def match(self, pattern: str) -> tuple[Component, ...]:
-        """The components that a pattern names: by name, by the words before a dot (vision.front), or with * and ?."""
+        """The components that a pattern names: by name, by its first words (vision.front), or with * and ?.
+
+        A word ends at a dot: vision.front names vision.front.attn and vision.front.ff.
+        """
         matching = tuple(c for c in self.components if matches(c.name, pattern))
         if not matching:
             raise UserError(f"no component matches '{pattern}'; there are {', '.join(self.names)}")

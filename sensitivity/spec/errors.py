@@ -1,4 +1,4 @@
-"""UserError: a message that says what was wrong, what is allowed and what to type next; and libraries' messages."""
+"""UserError: says what was wrong, what is allowed and what to type next; makes messages of other errors printable."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ Allowed = Callable[[str, Scheme | None], bool]  # whether a component may have a
 def allowed_by(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None) -> Allowed | None:
     """A function that says whether a component may have a scheme, from the bit widths that each pattern allows.
 
-    The longest matching pattern decides; 16 stands for native precision. Without patterns it returns None.
+    The longest matching pattern decides; 16 stands for native precision. None means no limits.
     """
     if not widths:
         return None

@@ -78,11 +78,11 @@ def test_every_runtime_takes_full_precision() -> None:
         (
             "compressed-tensors",
             replace(rtn(4), activations=4),
-            "8 bits beside weights of 4 bits or 8 bits beside",
+            "of these bits: 8 beside 4-bit weights, 8 beside 8-bit weights; not 4 beside 4-bit weights",
         ),
         ("compressed-tensors", replace(rtn(4, 32), activations=8), "a scale per row; use --symmetric --group row"),
         ("vllm", replace(rtn(8), activations=8), None),
-        ("vllm", replace(rtn(4), activations=8), "8 bits beside weights of 8 bits, not of 8 beside 4"),
+        ("vllm", replace(rtn(4), activations=8), "8 beside 8-bit weights; not 8 beside 4-bit weights"),
         ("gptq", replace(rtn(4), activations=8), "cannot say that activations are rounded; sweep without"),
         (
             "fake",

@@ -94,9 +94,9 @@ def _of_rounding(scheme: Scheme, able: Runtime) -> Iterator[str]:
     if not able.activations:
         yield f"{title} cannot say that activations are rounded; sweep without --activation-bits, or use --format plan"
     elif scheme.activations not in beside:
-        pairs = [(a, bits) for bits, widths in able.activations.items() for a in widths]
-        taken = " or ".join(f"{a} bits beside weights of {bits} bits" for a, bits in pairs)
-        yield f"{title} takes activations of {taken}, not of {scheme.activations} beside {scheme.bits}"
+        pairs = [f"{a} beside {bits}-bit weights" for bits, widths in able.activations.items() for a in widths]
+        asked = f"{scheme.activations} beside {scheme.bits}-bit weights"
+        yield f"{title} takes activations of these bits: {', '.join(pairs)}; not {asked}"
     elif able.packed and (not scheme.symmetric or scheme.group != "row"):
         rows = "beside symmetric weights with a scale per row; use --symmetric --group row"
         yield f"{title} takes rounded activations {rows}"

@@ -40,7 +40,7 @@ def check(out: Path, force: bool) -> None:
     if there and not force:
         raise UserError(f"{there[0]} is already there; choose another --out or add --force")
     if there and not ours:
-        why = f"{card.name} beside it is missing, or was not written by `sensitivity table`"
+        why = "it was not written by `sensitivity table`" if card.exists() else f"its card {card.name} is missing"
         raise UserError(f"{there[0]} is not replaced: {why}; choose another --out")
 
 
