@@ -165,8 +165,8 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
     """For each budget, the few plans that are expected to be best, and the best uniform plan.
 
-    Measured plans are ranked by their `believed` score, in which the surrogate smooths noise. The surrogate's best, and
-    opening plans that were not measured, are ranked by their predicted score.
+    Measured plans are ranked by `predicted_shares`, in which the surrogate smooths the noise of measured scores. The
+    surrogate's best, and opening plans that were not measured, are ranked by their predicted score.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = predicted_shares(study, knapsack, request.weights)
@@ -179,7 +179,7 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
             Candidate(plan, knapsack.size(plan), ranked[0].budget, 0, predicted)
             for plan, predicted in zip(fitting, knapsack.predicted(fitting), strict=True)
         ]
-        # by the believed score of what was measured, by the predicted one of what was not
+        # measured plans by `predicted_shares`, others by their predicted score
         known.sort(key=lambda one: -scores.get(one.plan.key, mean_share(one.predicted, request.weights)))
         per_budget.append(([replace(one, rank=rank) for rank, one in enumerate(known[: request.top])], rival))
     return per_budget

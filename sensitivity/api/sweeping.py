@@ -178,7 +178,7 @@ def begin_sweep(
     Methods that need calibration take it from `statistics`, by default computed on the calibration splits of the
     tasks. `until` may end the sweep early ("10min", "error<0.5%"); later examples then go to plans that still matter.
     Generation stops at the token after which an answer can no longer be right, unless `whole` asks for whole answers.
-    Plans are for `runtime`: their sizes are those of its files.
+    With `runtime`, sizes are counted in the files that it loads.
     """
     limit = Until.parse(until)
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]

@@ -216,10 +216,11 @@ def _gptq(scheme: Scheme, rows: int, cols: int) -> int:
 
 
 def openvino_width(bits: int) -> int:
-    """The width in which OpenVINO stores codes: 2, 4 or 8 bits, since it expands codes of other widths to floats."""
-    return next(
-        (width for width in (2, 4, 8) if bits <= width), 16
-    )  # 16: no format, but choices of any width are sized
+    """The width in which OpenVINO stores codes: 2, 4 or 8 bits, since it expands codes of other widths to floats.
+
+    For more than 8 bits it is 16: such codes are never stored, but the search counts the size of any choice.
+    """
+    return next((width for width in (2, 4, 8) if bits <= width), 16)
 
 
 def _whole_bytes(bits: int) -> int:

@@ -71,7 +71,7 @@ class Study:
     ) -> Study:
         """Create a study, or open an existing one if its model, tasks and settings are the same.
 
-        From then on sizes are those of the runtime's files; None leaves them as they are.
+        With `runtime`, sizes are counted in the files that it loads; None keeps the runtime of an existing study.
         """
         path = Path(path)
         storage = location.reachable_database(path, storage)

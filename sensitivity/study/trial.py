@@ -141,7 +141,7 @@ def _attributes(trial: Trial) -> dict[str, object]:
 class TrialReader:
     """Reads and checks the trials of a study, each only when it has changed, since all are read again and again.
 
-    Sizes are those in the files of `runtime`, also those of trials from before the study was for it.
+    Sizes are counted in the files of `runtime`, also for trials that were stored before the study had this runtime.
     """
 
     def __init__(self, study: Path, tasks: Sequence[str], parts: ComponentMap, runtime: str | None = None) -> None:

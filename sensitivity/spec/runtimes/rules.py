@@ -1,4 +1,4 @@
-"""The rules of a runtime that a plan breaks, each as a sentence."""
+"""The rules of a runtime that a plan breaks, each as a sentence; and a plan's size in the runtime's files."""
 
 from __future__ import annotations
 
