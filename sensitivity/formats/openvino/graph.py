@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from openvino import Model, Node
 
 ALIGNMENT = 64  # bytes, as OpenVINO aligns the constants that it writes
-# Compile options that are stored in the graph, so that OpenVINO applies them when it loads the graph: sums in float32
-# give the answers that torch measured, and activations are not rounded (by default, some processors use 8 bits).
+# Compile options: sums in float32 give the answers that torch measured, and activations are not rounded, as some
+# processors do by default, to 8 bits or bfloat16. Graphs store them, too, but OpenVINO 2026.4 ignores the first there.
 OPTIONS = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",

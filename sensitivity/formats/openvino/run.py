@@ -14,6 +14,7 @@ from torch import Tensor
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel, Running, unlike
 from sensitivity.formats.openvino.exporter import FILES, STORED, check
+from sensitivity.formats.openvino.graph import OPTIONS
 from sensitivity.formats.openvino.layer_counters import LayerCounters, name_layers
 from sensitivity.models.halves.positions import positions_of
 from sensitivity.models.halves.vision_half import vision_half_of
@@ -55,7 +56,7 @@ class OpenVINOModel(HalvedModel):
         core = openvino.Core()
         graph = core.read_model(self.folder / FILES[half])
         weights = name_layers(graph) if self.counted else []
-        compiled = core.compile_model(graph, "CPU", {**self.options, "PERF_COUNT": self.counted})
+        compiled = core.compile_model(graph, "CPU", {**OPTIONS, **self.options, "PERF_COUNT": self.counted})
         request = compiled.create_infer_request()
         if self.counted:
             self.counters[half] = LayerCounters(compiled, request, weights)
