@@ -30,6 +30,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import write_atomically
 from sensitivity.spec.plan import Plan, Scheme
@@ -223,8 +224,8 @@ def _instead(study: Study, plan: Plan, name: str) -> str:
         return f"There is no plan to offer instead: {error}"
     return (
         f"The best plan of its size that fits is {best.plan.describe()}: {best.words}. "
-        f"`sensitivity legalize {study.path} --runtime {name} --bpw {math.ceil(1000 * best.before.bpw) / 1000:g} "
-        "--out plan.json` writes it"
+        f"`sensitivity legalize {shell_word(study.path)} --runtime {name} "
+        f"--bpw {math.ceil(1000 * best.before.bpw) / 1000:g} --out plan.json` writes it"
     )
 
 

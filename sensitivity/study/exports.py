@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sensitivity.spec import schema
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.study.storage import paths
 
@@ -44,7 +45,8 @@ def _state(folder: Path) -> str:
             return "not verified"
     except (OSError, ValueError):  # the note's folder has a name that this system does not allow
         return "no longer there"
-    return str(schema.read(folder / VERIFIED, "verified", f"`sensitivity verify {folder}` writes it anew")["verdict"])
+    remedy = f"`sensitivity verify {shell_word(folder)}` writes it anew"
+    return str(schema.read(folder / VERIFIED, "verified", remedy)["verdict"])
 
 
 def path_gain_sentences(gain: Mapping[str, object]) -> str:

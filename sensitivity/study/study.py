@@ -11,6 +11,7 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -48,7 +49,8 @@ class Study:
         address = location.address(self.path)
         storage = storage or address
         if storage is None and not (self.path / paths.JOURNAL).exists():
-            raise UserError(f"no study at {self.path}; `sensitivity sweep MODEL --out {self.path}` makes one")
+            remedy = f"`sensitivity sweep MODEL --out {shell_word(self.path)}` makes one"
+            raise UserError(f"no study at {self.path}; {remedy}")
         self._storage = open_storage(storage or self.path / paths.JOURNAL, wait=address is not None)
         self._optuna, about = identity.load(self.path, self._storage)
         self.meta, self.tasks, self.parts = about.meta, about.tasks, about.parts
@@ -264,7 +266,8 @@ class Study:
         matching = {trial.key: trial.plan for trial in self.measured() if key and trial.key.startswith(key)}
         if len(matching) != 1:
             what = f"{len(matching)} plans whose keys begin with {key}" if matching else f"no measured plan {key}"
-            raise UserError(f"{self.path} has {what}; `sensitivity table {self.path} --out plans.csv` lists all keys")
+            remedy = f"`sensitivity table {shell_word(self.path)} --out plans.csv` lists all keys"
+            raise UserError(f"{self.path} has {what}; {remedy}")
         return next(iter(matching.values()))
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:

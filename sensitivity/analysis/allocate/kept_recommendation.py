@@ -14,6 +14,7 @@ from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, check_limits
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
@@ -110,7 +111,7 @@ def what_changed_since(study: Study, recommendations: Sequence[Recommendation]) 
         score = "; ".join(f"{task} {best.predicted[task].score:.3f}" for task in request.weights)
         sentences.append(
             f"Asked again for {bpw:g} bpw, {best.plan.describe()} is predicted to be best ({score}, not yet run): "
-            f"`sensitivity recommend {study.path} --bpw {bpw:g}` verifies it."
+            f"`sensitivity recommend {shell_word(study.path)} --bpw {bpw:g}` verifies it."
         )
     return sentences
 
@@ -131,7 +132,8 @@ def proposed(study: Study, request: PlanRequest, times: LayerTimes | None = None
     """
     runtime, (allow, tie) = request.runtime, check_request(study, request)
     if request.limits and times is None:
-        raise UserError(f"limits on time or memory need the times of layers: `sensitivity profile {study.parts.model}`")
+        remedy = f"`sensitivity profile {shell_word(study.parts.model)}`"
+        raise UserError(f"limits on time or memory need the times of layers: {remedy}")
     limits = RunTimeLimits(times, request.limits) if times is not None and request.limits else None
     tasks = list(dict.fromkeys([*request.weights, *request.floors]))
     knapsack = Knapsack.of(study, tasks, files_of(runtime), limits)

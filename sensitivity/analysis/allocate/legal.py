@@ -9,6 +9,7 @@ from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.observations import check_task
 from sensitivity.analysis.search.plan_lists import Plans, plans
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, intersection, merge_groups
@@ -126,7 +127,7 @@ def _usable(study: Study, runtime: str, knapsack: Knapsack) -> list[Scheme]:
     except UserError as error:
         raise UserError(
             f"{runtime} can load no plan that this study measured; it takes {abilities(runtime)}; "
-            f"`sensitivity sweep {study.meta.get('model', 'MODEL')} --runtime {runtime}` measures what can"
+            f"`sensitivity sweep {shell_word(study.meta.get('model', 'MODEL'))} --runtime {runtime}` measures what can"
         ) from error
 
 

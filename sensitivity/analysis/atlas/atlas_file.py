@@ -9,6 +9,7 @@ from typing import Any
 
 from sensitivity.analysis.atlas.entry import Entry, entries_of
 from sensitivity.spec import schema
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.files import disk_error, new_folder, replacing
 from sensitivity.spec.plan import Scheme
@@ -53,7 +54,7 @@ def read(file: Path) -> list[Entry]:
     from pyarrow import parquet
 
     if not file.exists():
-        raise UserError(f"no atlas at {file}; `sensitivity atlas add STUDY --to {file}` makes one")
+        raise UserError(f"no atlas at {file}; `sensitivity atlas add STUDY --to {shell_word(file)}` makes one")
     if file.is_dir():
         raise UserError(f"{file} is no atlas, but a folder; name a file such as {DEFAULT}")
     what = f"{file} cannot be used"

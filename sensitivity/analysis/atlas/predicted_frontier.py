@@ -18,6 +18,7 @@ from sensitivity.analysis.atlas.atlas_file import DEFAULT, read
 from sensitivity.analysis.atlas.entry import ERROR, Entry, share_of
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.transfer import transfer_damages, without_counterpart
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Plan, Scheme
@@ -159,7 +160,7 @@ def _errors(folder: Path | str | None, parts: ComponentMap, schemes: Sequence[Sc
     if not found:
         raise UserError(
             f"{paths.attributions_file(Path(folder))} has no score called {ERROR}; "
-            f"`sensitivity explain MODEL --scores {ERROR} --check 0 --out {folder}` writes it"
+            f"`sensitivity explain MODEL --scores {ERROR} --check 0 --out {shell_word(folder)}` writes it"
         )
     return transfer_damages(found, parts, schemes, folder)
 

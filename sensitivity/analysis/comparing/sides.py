@@ -33,10 +33,12 @@ class Side:
 
 def side(text: str) -> Side:
     """The side that STUDY, or STUDY:KEY, means."""
-    if paths.is_study(Path(text)):
-        return Side(Study(text))
-    folder, colon, key = text.rpartition(":")
-    if not colon or not paths.is_study(Path(folder)):
+    whole = Path(text).expanduser()
+    if paths.is_study(whole):
+        return Side(Study(whole))
+    name, colon, key = text.rpartition(":")
+    folder = Path(name).expanduser()
+    if not colon or not paths.is_study(folder):
         raise UserError(f"{text} is neither a study nor STUDY:KEY, a plan of one by its key")
     return Side(*plan_of(Study(folder), key))
 

@@ -10,6 +10,7 @@ from sensitivity.analysis.failures.causes import NO_PART, Cause, cause, put_back
 from sensitivity.analysis.failures.changes import Change, changed_answers, study_of
 from sensitivity.analysis.failures.damage_places import DamagePlaces, Explained, examples_of, explanations_of
 from sensitivity.analysis.failures.pictures import Picture, Pictures, picture
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import Plan
 from sensitivity.study.counting import count
@@ -85,7 +86,7 @@ def galleries(
     for title, plan in plans:
         where = study_of(study, plan)
         pictures = known.setdefault(str(where.path), Pictures(where.meta))
-        ask = f"sensitivity failures {study.path} --plan {plan.key[:8]} --causes"
+        ask = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:8]} --causes"
         made.append(gallery_of(title, where, plan, pictures, most, task, kind, ask=ask, home=study.path))
     return made
 

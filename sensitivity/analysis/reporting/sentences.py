@@ -14,6 +14,7 @@ from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import rank_correlations
 from sensitivity.analysis.importance.types import Ranking
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
@@ -54,7 +55,7 @@ def _do(study: Study, recommendations: Sequence[Recommendation], ranked: Sequenc
     ]
     if not recommendations:
         lines.append(
-            f"Choose a budget and ask for its plan: sensitivity recommend {study.path} --bpw 4.0. "
+            f"Choose a budget and ask for its plan: sensitivity recommend {shell_word(study.path)} --bpw 4.0. "
             "The table of budgets below shows what each would buy."
         )
     return lines + [_advice(ranking) for ranking in ranked]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.gallery import Gallery, galleries
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
@@ -21,7 +22,7 @@ def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[li
     if not plans:
         return [], [
             f"What a plan breaks is shown for recommended plans here, and for any other by `sensitivity failures "
-            f"{study.path} --plan KEY`; the table above has the keys of the plans on the frontier."
+            f"{shell_word(study.path)} --plan KEY`; the table above has the keys of the plans on the frontier."
         ]
     measured = [(title, plan) for title, plan in plans if _has_answers(study, plan)]
     if measured:

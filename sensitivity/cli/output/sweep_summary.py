@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.output.progress import best_so_far, points
 from sensitivity.cli.output.tables import print_frontier
+from sensitivity.spec.command_line import shell_word
 
 if TYPE_CHECKING:
     from sensitivity.study.study import Study
@@ -36,7 +37,7 @@ def show_summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
                 f"{missed if known >= goal and not facts['waiting'] else ''}"
             )
         legal = f" --runtime {args.runtime}" if args.runtime else ""
-        print(f"{_progress_words(facts, args.out)}; next: sensitivity recommend {args.out} --bpw 4{legal}")
+        print(f"{_progress_words(facts, args.out)}; next: sensitivity recommend {shell_word(args.out)} --bpw 4{legal}")
     return facts
 
 

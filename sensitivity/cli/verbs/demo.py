@@ -10,6 +10,7 @@ from sensitivity.cli.arguments import flags, path_values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import export, inspect, plan, rank, recommend, report, sweep, verify
 from sensitivity.cli.verbs.timing import bench, profile
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.runtimes.layer_times import check_timed
 
 ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in a minute and a half"
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def _without_runtime(args: argparse.Namespace) -> list[str]:
     """The command lines of the verbs that need no runtime."""
-    out, planned = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-plan")
+    out, planned = shell_word(args.out), shell_word(f"{args.out}-plan")
     return [
         f"inspect {MODEL} --by part --method uniform",
         f"plan {MODEL} --task vqa --bits 2,3,4,8 --by part --method uniform --bpw {args.bpw!r} --calibration-n 32"
@@ -66,7 +67,7 @@ def _in_runtime(runtime: str, args: argparse.Namespace) -> list[str]:
     from sensitivity.formats.timing.profile import check_runs_here
 
     check_runs_here(MODEL, runtime)
-    out, exported = shlex.quote(str(args.out)), shlex.quote(f"{args.out}-{runtime}")
+    out, exported = shell_word(args.out), shell_word(f"{args.out}-{runtime}")
     inspected, _, swept, ranked, recommended, reported = _without_runtime(args)
     return [
         inspected.replace("uniform", "rtn"),

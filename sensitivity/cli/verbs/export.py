@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import print_table
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import unknown
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def show(path: Path, known: Manifest | None) -> None:
 
     print(f"wrote {path}")
     if known is None:
-        print(f"next: sensitivity export {path} --format NAME --out DIR")
+        print(f"next: sensitivity export {shell_word(path)} --format NAME --out DIR")
         return
     if gain := known["trial"].get("path_gain"):
         print(path_gain_sentences(gain))
@@ -101,7 +102,7 @@ def show(path: Path, known: Manifest | None) -> None:
                 ("written", f"{written['bytes']:,}", f"{written['bpw']:.3f}"),
             ],
         )
-        print(f"next: sensitivity verify {path}")
+        print(f"next: sensitivity verify {shell_word(path)}")
         if known["format"] == "compressed-tensors":
             print(f'load it: from sensitivity import load; vlm = load("{path}", quantized=True)')
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sensitivity.cli.arguments import flags, path_values, values
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import UserError
 
 ABOUT = "find the best plan that a runtime can load, and what that costs"
@@ -52,5 +53,5 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         print(f"cost: {legal.words}")
         if args.out is not None:
             format = files_of(args.runtime) or args.runtime
-            print(f"wrote {args.out}; next: sensitivity export {args.out} --format {format} --out DIR")
+            print(f"wrote {args.out}; next: sensitivity export {shell_word(args.out)} --format {format} --out DIR")
     return facts

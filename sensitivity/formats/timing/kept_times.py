@@ -13,6 +13,7 @@ import torch
 from sensitivity.formats.timing.machine import this_machine, versions_of
 from sensitivity.measure.calibrate.cache import cache_folder
 from sensitivity.spec import schema
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import write_atomically
@@ -39,7 +40,7 @@ def load_kept_times(parts: ComponentMap, runtime: str, threads: int = 0) -> Laye
     check_timed(runtime)
     threads = threads or torch.get_num_threads()
     file = _file(parts, runtime, threads)
-    again = f"`sensitivity profile {parts.model} --runtime {runtime} --threads {threads}` measures them"
+    again = f"`sensitivity profile {shell_word(parts.model)} --runtime {runtime} --threads {threads}` measures them"
     if not file.exists():
         raise UserError(f"the layers of {parts.model} were not timed on this machine with {threads} threads; {again}")
     return _read(file, again)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.tables import print_table
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
@@ -124,5 +124,5 @@ def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
     elif found.halved_by is not None:
         on = f" on {found.examples:,} examples each" if found.examples else ""
         plans = "plan" if found.halved_by == 1 else "plans"
-        again = f"sensitivity sweep {shlex.quote(args.source)} --search frontier --prior {shlex.quote(str(args.atlas))}"
+        again = f"sensitivity sweep {shell_word(args.source)} --search frontier --prior {shell_word(args.atlas)}"
         print(f"measuring {found.halved_by} {plans}{on} would halve these intervals: {again}")

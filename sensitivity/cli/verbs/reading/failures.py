@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_progress
 from sensitivity.cli.output.tables import KEY_LENGTH, print_answer_counts, print_table
+from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.causes:
         _measure_causes(args, measured_in, plan)
     pictures = None if args.out is None else Pictures(measured_in.meta)
-    ask = "" if args.causes else f"sensitivity failures {study.path} --plan {plan.key[:KEY_LENGTH]} --causes"
+    again = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:KEY_LENGTH]} --causes"
+    ask = "" if args.causes else again
     failures = gallery_of(
         "What breaks first", measured_in, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
     )
