@@ -30,8 +30,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
-from sensitivity.spec.command_line import shell_word
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, shell_word, unknown
 from sensitivity.spec.files import write_atomically
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable
 
 QUOTED = 300  # characters of a library's message that a sentence of ours quotes
@@ -80,3 +81,8 @@ def is_defect(error: Exception) -> bool:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0] == "sensitivity"
+
+
+def shell_word(value: object) -> str:
+    """A path or a name as one word of a command that a message tells to type, in quotes where the shell needs them."""
+    return shlex.quote(str(value))

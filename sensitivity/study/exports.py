@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sensitivity.spec import schema
-from sensitivity.spec.command_line import shell_word
+from sensitivity.spec.errors import shell_word
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.study.storage import paths
 

@@ -11,9 +11,8 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
-from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.rules import size_for
 from sensitivity.spec.runtimes.table import files_of

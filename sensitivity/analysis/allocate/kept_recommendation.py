@@ -14,8 +14,7 @@ from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, check_limits
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
-from sensitivity.spec.command_line import shell_word
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.plan_file import write_file

@@ -9,9 +9,8 @@ from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.observations import check_task
 from sensitivity.analysis.search.plan_lists import Plans, plans
-from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.limits import Allowed, intersection, merge_groups
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.loadable import restrict, searches

@@ -9,8 +9,7 @@ from typing import Any
 
 from sensitivity.analysis.atlas.entry import Entry, entries_of
 from sensitivity.spec import schema
-from sensitivity.spec.command_line import shell_word
-from sensitivity.spec.errors import UserError, reason
+from sensitivity.spec.errors import UserError, reason, shell_word
 from sensitivity.spec.files import disk_error, new_folder, replacing
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage.process_lock import ProcessLock, held

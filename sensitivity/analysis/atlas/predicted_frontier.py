@@ -18,9 +18,8 @@ from sensitivity.analysis.atlas.atlas_file import DEFAULT, read
 from sensitivity.analysis.atlas.entry import ERROR, Entry, share_of
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.transfer import transfer_damages, without_counterpart
-from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, shell_word, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import Size, size
 from sensitivity.study.scores import CONFIDENCE

@@ -10,8 +10,7 @@ from sensitivity.analysis.failures.causes import NO_PART, Cause, cause, put_back
 from sensitivity.analysis.failures.changes import Change, changed_answers, study_of
 from sensitivity.analysis.failures.damage_places import DamagePlaces, Explained, examples_of, explanations_of
 from sensitivity.analysis.failures.pictures import Picture, Pictures, picture
-from sensitivity.spec.command_line import shell_word
-from sensitivity.spec.errors import unknown
+from sensitivity.spec.errors import shell_word, unknown
 from sensitivity.spec.plan import Plan
 from sensitivity.study.counting import count
 from sensitivity.study.examples.questions import read_questions

@@ -14,7 +14,7 @@ from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import rank_correlations
 from sensitivity.analysis.importance.types import Ranking
-from sensitivity.spec.command_line import shell_word
+from sensitivity.spec.errors import shell_word
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study

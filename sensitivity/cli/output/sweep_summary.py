@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.output.progress import best_so_far, points
 from sensitivity.cli.output.tables import print_frontier
-from sensitivity.spec.command_line import shell_word
+from sensitivity.spec.errors import shell_word
 
 if TYPE_CHECKING:
     from sensitivity.study.study import Study

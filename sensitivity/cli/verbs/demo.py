@@ -10,7 +10,7 @@ from sensitivity.cli.arguments import flags, path_values
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.verbs import export, inspect, plan, rank, recommend, report, sweep, verify
 from sensitivity.cli.verbs.timing import bench, profile
-from sensitivity.spec.command_line import shell_word
+from sensitivity.spec.errors import shell_word
 from sensitivity.spec.runtimes.layer_times import check_timed
 
 ABOUT = "plan, sweep, rank, recommend and report on the embedded model, in a minute and a half"

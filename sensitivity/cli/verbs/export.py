@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import print_table
-from sensitivity.spec.command_line import shell_word
-from sensitivity.spec.errors import unknown
+from sensitivity.spec.errors import shell_word, unknown
 
 if TYPE_CHECKING:
     from sensitivity.formats.writing.manifest import Manifest

@@ -6,7 +6,7 @@ import argparse
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.tables import print_frontier
-from sensitivity.spec.command_line import shell_word
+from sensitivity.spec.errors import shell_word
 
 ABOUT = "turn a CSV table of bits and scores into a study that rank, recommend and report accept"
 EXAMPLE = "sensitivity import table.csv --part vit_bits=vision --part llm_bits=language --score cider --out runs/table"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sensitivity.cli.arguments import flags, path_values, values
-from sensitivity.spec.command_line import shell_word
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 
 ABOUT = "find the best plan that a runtime can load, and what that costs"
 EXAMPLE = "sensitivity legalize runs/first --bpw 4.0 --runtime vllm --out out/plan.json"

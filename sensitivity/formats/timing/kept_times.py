@@ -13,9 +13,8 @@ import torch
 from sensitivity.formats.timing.machine import this_machine, versions_of
 from sensitivity.measure.calibrate.cache import cache_folder
 from sensitivity.spec import schema
-from sensitivity.spec.command_line import shell_word
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.files import write_atomically
 from sensitivity.spec.runtimes.layer_times import LayerTimes, check_timed
 

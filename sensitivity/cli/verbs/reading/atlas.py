@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.tables import print_table
-from sensitivity.spec.command_line import shell_word
+from sensitivity.spec.errors import shell_word
 from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ import pytest
 
 import sensitivity
 from sensitivity.cli.main import VERBS
-from sensitivity.spec.command_line import shell_word
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.study.study import Study
 
 SOURCES = sorted(Path(sensitivity.__file__).parent.rglob("*.py"))
