@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.surrogate.space import Expected, Space
 from sensitivity.analysis.surrogate.surrogate import fit_surrogate
-from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_from
+from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages
+from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
@@ -34,6 +36,10 @@ def study(path: Path, count: int = 60, noise: float = 0.005) -> Study:
     rows = planted.grid((2, 3, 4, 8, 16))
     some = np.random.default_rng(0).permutation(len(rows))[:count]
     return planted.study(path, {"a": planted.product}, noise, rows=rows[some])
+
+
+def transfer_from(source: Study, parts: ComponentMap, schemes: Sequence[Scheme]) -> dict[str, dict[Scheme, float]]:
+    return transfer_damages(measured_damages(source), parts, schemes, source.path)
 
 
 def test_damages_go_over_to_the_same_parts_and_other_widths(tmp_path: Path) -> None:

@@ -178,13 +178,14 @@ def test_with_one_token_an_example_the_curvature_of_the_loss_is_exact() -> None:
     """OAC sums G'G of weight gradients G; with one token they are its squared gradient times x x'."""
     torch.manual_seed(0)
     inputs, gradients = torch.randn(6, 5), torch.randn(6, 3)
-    seen, weighted, outer = TokenNumbers(), Curvature(5), Curvature(5)
+    seen, weighted, exact = TokenNumbers(), Curvature(5), torch.zeros(5, 5)
     for example in range(6):
         seen.numbers[example, "layer"] = gradients[example].norm().reshape(1)
-        outer.add_outer(gradients[example][:, None] * inputs[example][None])
+        gradient = gradients[example][:, None] * inputs[example][None]
+        exact += gradient.T @ gradient
     weights = by_output(seen)
     weighted.add(inputs, torch.cat([weights[example, "layer"] for example in range(6)]))
-    torch.testing.assert_close(weighted.gram, outer.gram)
+    torch.testing.assert_close(weighted.gram, exact)
 
 
 @pytest.mark.parametrize("path", ["float", "exposed"])

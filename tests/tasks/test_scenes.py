@@ -11,7 +11,7 @@ import pytest
 
 from sensitivity.tasks import scenes as S
 from sensitivity.tasks.examples.types import Box
-from sensitivity.tasks.scoring.boxes import corners, oriented_iou, parse, upright_iou
+from sensitivity.tasks.scoring.boxes import corners, oriented_iou, parse
 
 FOLDER = Path(__file__).resolve().parents[2] / "sensitivity" / "models" / "embedded" / "scenes-llava"
 SAMPLE = S.draw_scenes("evaluation", 120, seed=5)
@@ -174,10 +174,6 @@ def test_a_positive_angle_is_counterclockwise_as_seen() -> None:
 def test_overlaps_known_in_closed_form(a: Box, b: Box, expected: float) -> None:
     assert oriented_iou(a, b) == pytest.approx(expected, abs=1e-9)
     assert oriented_iou(b, a) == pytest.approx(expected, abs=1e-9)
-
-
-def test_upright_overlap_ignores_the_angle() -> None:
-    assert upright_iou((0, 0, 10, 20, 30), (0, 0, 10, 20, -15)) == pytest.approx(1.0)
 
 
 def _inside(box: Box, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from experiments.embedded.scenes_llava import card as model_card
 from experiments.embedded.training import EMBEDDED
 from sensitivity.spec.files import overwrite
 from sensitivity.tasks import scenes as S
-from sensitivity.tasks.scoring.boxes import oriented_iou, parse, upright_iou
+from sensitivity.tasks.scoring.boxes import Box, oriented_iou, parse
 
 TARGETS = {kind: {"exact": 0.97} for kind in (*S.VQA_KINDS, "scene")}
 TARGETS |= {"caption": {"exact": 0.92}, "ground": {"upright IoU >= .5": 0.95, "oriented IoU >= .5": 0.85}}
@@ -41,6 +41,11 @@ def score(kind: str, answer: str, truth: str) -> dict[str, float]:
         metrics |= {"upright IoU": upright, "oriented IoU": oriented}
         metrics["angle"] = float(bool(said_boxes) and said_boxes[0][4] == meant_box[4])
     return metrics
+
+
+def upright_iou(a: Box, b: Box) -> float:
+    """Intersection over union of the boxes without their rotation."""
+    return oriented_iou((*a[:4], 0.0), (*b[:4], 0.0))
 
 
 def summary(values: np.ndarray, cluster: np.ndarray) -> dict[str, float]:

@@ -55,7 +55,8 @@ def rank(
     by: a coarser granularity than the study's own. near: use only trials that are predicted to score at least this
     share of full precision, such as 0.9, where a plan would really be used. thorough=False leaves out what only
     explains the ranking (levels, pairs, Optuna's estimators). Where plans differ in their methods too, that choice has
-    a share of its own (`Ranking.choice`). The ranking of a study is cached in its folder.
+    a share of its own (`Ranking.choice`). The ranking of a study is cached in its folder. A table that is no study is
+    ranked by way of `analysis.observations.observations_of_table`.
 
     Examples:
         >>> from sensitivity import rank

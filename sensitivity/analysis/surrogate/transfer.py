@@ -22,13 +22,6 @@ FALL = 1.0  # by how much the logarithm of a damage falls with each bit, where o
 MIN_DAMAGE = 1e-8  # a smaller damage counts as this, so that its logarithm is finite
 
 
-def transfer_from(
-    study: Study, parts: ComponentMap, schemes: Sequence[Scheme], task: str | None = None
-) -> dict[str, dict[Scheme, float]]:
-    """The damage of each scheme to each component of `parts`, as a study predicts it; only ratios matter."""
-    return transfer_damages(measured_damages(study, task), parts, schemes, study.path)
-
-
 def transfer_damages(
     damages: Expected, parts: ComponentMap, schemes: Sequence[Scheme], source: Path | str
 ) -> dict[str, dict[Scheme, float]]:

@@ -67,17 +67,6 @@ class Curvature:
         self.magnitude += scaled.abs().sum(0)
         self._factor = None
 
-    def add_outer(self, gradient: Tensor) -> None:
-        """Add G'G for the weight gradient G (rows x width) of one sample.
-
-        With these sums H is the curvature of the loss itself (OAC), not the Gram matrix of the inputs.
-        """
-        values = gradient.float()
-        _add_symmetric(self.gram, values, values)
-        self.weight += 1
-        self.tokens += 1
-        self._factor = None
-
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that a file stores; `of` makes statistics from them again."""
         totals = torch.tensor([self.weight, self.tokens], dtype=torch.float64)
@@ -115,14 +104,6 @@ class Curvature:
     def largest(self) -> Tensor:
         """The largest |x| of each channel."""
         return torch.maximum(-self.low, self.high)
-
-    @property
-    def dead(self) -> Tensor:
-        """Channels whose inputs were always zero.
-
-        Nothing is known about their weights, which are therefore rounded to nearest.
-        """
-        return self.gram.diagonal() == 0
 
     def check(self, name: str) -> None:
         """Raise an error where the layer saw no token, or where its inputs were not finite."""

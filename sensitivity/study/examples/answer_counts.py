@@ -11,8 +11,6 @@ from sensitivity.study.examples.pairing import base_scores
 if TYPE_CHECKING:
     import pandas as pd
 
-NAMES = ("to_wrong", "to_right", "empty", "cut", "malformed")
-
 
 @dataclass(frozen=True)
 class AnswerCounts:

@@ -68,11 +68,6 @@ def polygon_iou(a: Sequence[Point], b: Sequence[Point]) -> float:
     return shared / (whole - shared)
 
 
-def upright_iou(a: Box, b: Box) -> float:
-    """Intersection over union of the boxes without their rotation."""
-    return oriented_iou((*a[:4], 0.0), (*b[:4], 0.0))
-
-
 def convex(points: Sequence[Sequence[float]]) -> tuple[Point, ...] | None:
     """The corners of a convex polygon, clockwise on screen, from any order; None if it has no area."""
     if len(points) < 3 or any(len(point) != 2 for point in points):
