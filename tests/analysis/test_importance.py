@@ -78,6 +78,7 @@ def test_the_forest_is_scikit_learns(rows: int) -> None:
     ours, theirs = RandomForest(30, 3).fit(x, y), RandomForestRegressor(30, random_state=3).fit(x, y)
     np.testing.assert_allclose(ours.predict(x + 0.5), theirs.predict(x + 0.5), rtol=1e-12)
     np.testing.assert_allclose(ours.feature_importances_, theirs.feature_importances_, rtol=1e-12)
+    np.testing.assert_array_equal(ours.first(10).predict(x), RandomForest(10, 3).fit(x, y).predict(x))
 
 
 def test_permutation_is_scikit_learns() -> None:

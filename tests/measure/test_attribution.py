@@ -210,9 +210,12 @@ def test_a_block_at_a_time_gives_the_same_scores(given: Calibrated) -> None:
             assert list(one.scores[part].values()) == pytest.approx(list(row.values()), rel=1e-5), (one.name, part)
     assert len(few_codes.errors.groups) == len(given.parts.regroup("block").names)
     assert len(given.errors.groups) == 1
+    assert few_codes.errors.held is None, "the last group's codes are freed"
+    first = next(few_codes.errors.by_group())
+    few_codes.errors.of(first[0])
     held = few_codes.errors.held
     assert held is not None
-    assert {key[0] for key in held[1]} == {weight.name for weight in few_codes.errors.by_group()[held[0]]}
+    assert {key[0] for key in held[1]} == {weight.name for weight in first}
 
 
 def test_one_component_at_a_time_is_really_run(given: Calibrated) -> None:

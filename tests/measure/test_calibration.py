@@ -605,6 +605,15 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_does_without(tmp_path: Pa
     assert not (tmp_path / "none").exists()
 
 
+def test_why_nothing_can_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("sensitivity.measure.calibrate.cache.save_file", fail)
+    with pytest.warns(Notice, match=r"calibration is done again by the next run \(.*Input/output error"):
+        Cache(tmp_path).fetch({"entry": 1}, lambda: {"x": torch.ones(3)}, torch.device("cpu"))
+
+
 def fetching(folder: Path, limit: float, times: int) -> int:
     """How many entries had to be made."""
     cache, made = Cache(folder, limit), []

@@ -415,9 +415,17 @@ def test_pairs_of_images_and_what_is_asked_about_them(whole: dict[str, Path]) ->
     assert {example.kind for example in found.examples} == {"any", "worst"} <= set(found.metrics)
 
 
-def test_damage_that_is_none_of_the_data_sets_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ('"flooded"', "socal-fire_00000003 has the damage flooded"),
+        ('["destroyed"]', r'subtype is \["destroyed"\] instead of text'),
+    ],
+    ids=["another word", "a list"],
+)
+def test_damage_that_is_none_of_the_data_sets_is_named(tmp_path: Path, written: str, said: str) -> None:
     WRITE["xbd"](tmp_path)
     file = tmp_path / "test" / "labels" / "socal-fire_00000003_post_disaster.json"
-    file.write_text(file.read_text().replace("destroyed", "flooded"))
-    with pytest.raises(UserError, match=r"not of the official layout: socal-fire_00000003 has the damage flooded"):
+    file.write_text(file.read_text().replace('"destroyed"', written))
+    with pytest.raises(UserError, match=f"not of the official layout: {said}"):
         task(f"xbd:{tmp_path}")

@@ -32,6 +32,7 @@ MANY_TRIALS = 1000  # beyond, forests that serve only intervals and checks have 
 # trials from which threads pay off: two took 1.6 times as long as one at 65 trials, as long at 250, half at 1,500
 MIN_TRIALS_FOR_THREADS = 300
 SHAP_PLANS = 60  # plans that SHAP explains where the grid is too large for the table of all cells
+PAIR_TREES = 20  # of the forest, for the interactions of pairs on such grids
 FEW_SHAP_PLANS = 10  # plans in a bootstrap resample
 SHUFFLED = 500  # most trials that permutation importance uses in a bootstrap resample
 FANOVA_TREES = 32
@@ -65,7 +66,10 @@ class Fitted:
 
     @cached_property
     def shap_pairs(self) -> tuple[Floats, Floats, Floats]:
-        """SHAP interaction values, plans x features x features; the number of trials of each plan; and the plans."""
+        """SHAP interaction values, plans x features x features; the number of trials of each plan; and the plans.
+
+        On a grid too large for the table of all cells, they are those of a few plans and of the forest's first trees.
+        """
         plans, weight = np.unique(self.x, axis=0, return_counts=True)
         if tree_shap.fits(plans):
             return tree_shap.ShapleyTable(self.forest, plans).interactions(), weight, plans
@@ -73,8 +77,7 @@ class Fitted:
         if len(plans) > few:
             rows = np.random.default_rng(self.seed).choice(len(plans), few, replace=False)
             plans, weight = plans[rows], weight[rows]
-        small = RandomForest(20, self.seed).fit(self.x, self.y)
-        return tree_shap.Leaves(small, plans).interactions(), weight, plans
+        return tree_shap.Leaves(self.forest.first(PAIR_TREES), plans).interactions(), weight, plans
 
 
 def fit(

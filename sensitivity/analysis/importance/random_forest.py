@@ -32,6 +32,12 @@ class RandomForest:
                 self.estimators_.append(tree.fit(x32, y, sample_weight=times, check_input=False))
         return self
 
+    def first(self, trees: int) -> RandomForest:
+        """The forest of the first trees, as if no more had been grown."""
+        smaller = RandomForest(trees, self.seed)
+        smaller.estimators_ = self.estimators_[:trees]
+        return smaller
+
     def predict(self, x: np.ndarray) -> np.ndarray:
         """The trees' mean, for each row."""
         x32 = np.ascontiguousarray(x, np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -45,17 +45,20 @@ class WeightErrors:
                 self.groups, bytes_left = [*self.groups, []], limit
             self.groups[-1].append(block.name)
             bytes_left -= bytes_
-        self.place = {weight.name: i for i, group in enumerate(self.by_group()) for weight in group}
         self.held: tuple[int, WeightCodes] | None = None
+        self.place = {weight.name: i for i, group in enumerate(self.by_group()) for weight in group}
 
     def of(self, weight: Weight) -> list[Tensor]:
         """The errors of a weight, one for each scheme; its group is quantized unless it is the one in memory."""
         codes, own = self._codes(self.place[weight.name]), self.own[weight.name]
         return [codes.dense((weight.name, weights_of(scheme)), own) - own for scheme in self.schemes]
 
-    def by_group(self) -> list[list[Weight]]:
+    def by_group(self) -> Iterator[list[Weight]]:
         """All weights in groups; whoever asks for errors in this order has each weight quantized once."""
-        return [[weight for name in group for weight in self.blocks[name].weights] for group in self.groups]
+        for group in self.groups:
+            yield [weight for name in group for weight in self.blocks[name].weights]
+        if len(self.groups) > 1:  # whoever begins again needs the first group, not the last
+            self.held = None
 
     def _codes(self, group: int) -> WeightCodes:
         """The codes of a group, quantized now unless they are in memory."""

@@ -20,8 +20,7 @@ from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import discard, replacing
 from sensitivity.spec.sizes import GB
 
-# Parts of the system's messages that say why a folder cannot be written.
-NOT_WRITABLE = ("Permission denied", "Read-only", "No space", "quota", "Not a directory")
+GONE = "No such file"  # in the message of the system where a folder was deleted meanwhile
 VERSION = 6  # raised when the meaning of an entry changes
 
 
@@ -80,10 +79,9 @@ class Cache:
                 with replacing(file) as unfinished:
                     save_file(unshared, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
-                message = f"{error} {error.__cause__}"
-                # any other error means that the folder was deleted meanwhile, which is no reason to warn
-                if self.folder.is_file() or any(why in message for why in NOT_WRITABLE):
-                    kept = f"nothing can be kept in {self.folder}: calibration is done again by the next run"
+                # that the folder was deleted meanwhile is no reason to warn
+                if GONE not in f"{error} {error.__cause__}":
+                    kept = f"nothing can be kept in {self.folder}: calibration is done again by the next run ({error})"
                     warnings.warn(kept, Notice, stacklevel=2)
 
     def _entry(self, description: Mapping[str, object], device: torch.device) -> tuple[Path, str]:

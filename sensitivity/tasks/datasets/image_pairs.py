@@ -103,6 +103,12 @@ def _described(folder: Path, part: str, listed: object) -> Iterator[Example | Fl
         yield Example(Path(name).stem, Path(name).stem, kind, first, DESCRIBE, right, more=(second,))
 
 
+def _subtype(building: object) -> object:
+    """How badly a building is damaged, as the labels name it; None where they do not say."""
+    properties = check(building, {"properties": OBJECT}, {}, "a building")["properties"]
+    return check(properties, {}, {"subtype": ANY_TEXT}, "a building's properties").get("subtype")
+
+
 def _damaged(source: DatasetFolder, labels: Path, images: Path) -> Iterator[Example | Flaw]:
     """Two questions for each pair with buildings whose damage is known."""
     for file in sorted(labels.glob("*_post_disaster.json")):
@@ -111,9 +117,7 @@ def _damaged(source: DatasetFolder, labels: Path, images: Path) -> Iterator[Exam
         name = file.name.removesuffix("_post_disaster.json")
         features = source.json(str(file.relative_to(source.folder)), "features")["features"]
         buildings = check(features, {"xy": list_of(OBJECT, 0)}, {}, f"the buildings of {name}")["xy"]
-        subtypes = {
-            check(one, {"properties": OBJECT}, {}, "a building")["properties"].get("subtype") for one in buildings
-        }
+        subtypes = {_subtype(one) for one in buildings}
         if strange := subtypes - {*DAMAGE, "un-classified", None}:
             raise Misfit(f"{name} has the damage {' and '.join(sorted(map(str, strange)))}")
         if damages := [kind for kind in DAMAGE if kind in subtypes]:
