@@ -113,8 +113,8 @@ def test_a_graph_computes_with_the_numbers_of_the_codes(onnxruntime: Any, scheme
     import onnx_ir
     from onnx_ir import DataType, Shape, TensorType, Value
 
+    from sensitivity.formats.halved.traceable import parameter_input
     from sensitivity.formats.onnx.graph import FLOAT_SUMS, put_constants
-    from sensitivity.formats.openvino.trace import parameter_input
 
     rows, cols = 9, 192 if isinstance(scheme.group, int) else 200
     weight, found = quantized(scheme, rows, cols, 0)

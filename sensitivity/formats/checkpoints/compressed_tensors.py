@@ -37,7 +37,7 @@ STRATEGIES = {"tensor": "tensor", "row": "channel"}
 
 def write(job: Job, folder: Path) -> Written:
     """Write a checkpoint that plain `from_pretrained` loads where compressed-tensors is installed."""
-    weight, hashes = write_checkpoint(job, folder, packed_layout(job.half), {"quantization_config": config(job)})
+    weight, hashes = write_checkpoint(job, folder, packed_layout(job.scale_dtype), {"quantization_config": config(job)})
     load = LOAD.format(dtype=job.dtype_name)
     return Written(
         load=load if has_one_group(job) else load + UNPACK,
@@ -103,7 +103,7 @@ def quantization_args(scheme: Scheme) -> dict[str, object]:
     }
 
 
-def packed_layout(half: torch.dtype) -> PackedLayout:
+def packed_layout(scale_dtype: torch.dtype) -> PackedLayout:
     """The layout of one weight: weight_packed, weight_scale, weight_shape, and weight_zero_point on asymmetric grids.
 
     Zero points are packed along the rows. If activations are rounded, the tensors are weight (signed bytes) and
@@ -115,11 +115,11 @@ def packed_layout(half: torch.dtype) -> PackedLayout:
         if scheme.activations != NOT_ROUNDED:
             return (
                 Spec(f"{key}weight", torch.int8, (weight.rows, weight.cols)),
-                Spec(f"{key}weight_scale", half, shape),
+                Spec(f"{key}weight_scale", scale_dtype, shape),
             )
         placed = [
             Spec(f"{key}weight_packed", torch.int32, (weight.rows, math.ceil(weight.cols * scheme.bits / 32))),
-            Spec(f"{key}weight_scale", half, shape),
+            Spec(f"{key}weight_scale", scale_dtype, shape),
             Spec(f"{key}weight_shape", torch.int64, (2,)),
         ]
         if not scheme.symmetric:
@@ -131,9 +131,9 @@ def packed_layout(half: torch.dtype) -> PackedLayout:
     def tensors(stored: QuantizedWeight, weight: Weight, scheme: Scheme) -> Sequence[Tensor]:
         if scheme.activations != NOT_ROUNDED:
             signed = (stored.codes.to(torch.int16) - 2 ** (scheme.bits - 1)).to(torch.int8)
-            return [signed, stored.scale.to(half).reshape(_scales(weight, scheme))]
+            return [signed, stored.scale.to(scale_dtype).reshape(_scales(weight, scheme))]
         shape = torch.tensor([weight.rows, weight.cols])
-        made = [pack(stored.codes, scheme.bits), stored.scale.to(half).reshape(_scales(weight, scheme)), shape]
+        made = [pack(stored.codes, scheme.bits), stored.scale.to(scale_dtype).reshape(_scales(weight, scheme)), shape]
         if not scheme.symmetric:
             zero = stored.zero.to(torch.int16)
             if scheme.group == "tensor":  # not packed, and relative to the middle of the signed codes

@@ -13,7 +13,7 @@ from sensitivity.formats.gguf.exporter import FILES
 from sensitivity.formats.gguf.model import GGUFModel
 from sensitivity.formats.gguf.names import placed
 from sensitivity.formats.halved.halves import VISION, Array
-from sensitivity.formats.openvino.trace import without_values
+from sensitivity.formats.halved.traceable import without_values
 from sensitivity.models.halves.vision_half import Vision
 from sensitivity.models.vlm import VLM
 

@@ -49,6 +49,6 @@ def _piece(job: Job, tensor: CheckpointTensor, constants: Sequence[Sized], conte
         if name not in job.weights:
             return (unquantized(job, tensor).contiguous().reshape(-1).view(torch.uint8),)
         scheme = job.schemes[name]
-        return contents(on_integer_grid(job, tensor, scheme), job.weights[name], scheme, job.half)
+        return contents(on_integer_grid(job, tensor, scheme), job.weights[name], scheme, job.scale_dtype)
 
     return Piece(tuple(Spec(one.name, torch.uint8, (one.bytes,)) for one in constants), make)

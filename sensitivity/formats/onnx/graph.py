@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sensitivity.formats.halved.traceable import WEIGHTS, parameter_input
 from sensitivity.formats.onnx.layout import Blocks, Constant
-from sensitivity.formats.openvino.trace import WEIGHTS, parameter_input
 from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:

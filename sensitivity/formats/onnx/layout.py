@@ -74,13 +74,13 @@ def kept(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Constant:
     return Constant(name, FLOATS[dtype], tuple(shape))
 
 
-def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Constant, ...]:
+def constants(weight: Weight, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Constant, ...]:
     """The constants of one quantized weight; the zero point of symmetric codes is known and not stored."""
     blocks = Blocks.of(weight, scheme)
     codes = (blocks.rows, blocks.count, blocks.size * blocks.width // 8)
     placed = (
         Constant(f"{weight.name}{CODES}", "UINT8", codes),
-        Constant(f"{weight.name}{SCALE}", FLOATS[half], (*blocks.scales, 1)),
+        Constant(f"{weight.name}{SCALE}", FLOATS[scale_dtype], (*blocks.scales, 1)),
     )
     if scheme.symmetric:
         return placed
@@ -89,7 +89,7 @@ def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Consta
     return (*placed, Constant(f"{weight.name}{ZERO}", "UINT8", (rows, 1 if groups == 1 else blocks.zero_bytes)))
 
 
-def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torch.dtype) -> list[Tensor]:
+def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, scale_dtype: torch.dtype) -> list[Tensor]:
     """The bytes of each constant that `constants` returns, in the same order."""
     blocks, codes = Blocks.of(weight, scheme), stored.codes
     if scheme.symmetric:
@@ -97,7 +97,7 @@ def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torc
         assert bool((stored.zero == middle).all()), f"{weight.name} has codes that are not symmetric"
         codes = codes + (2 ** (blocks.width - 1) - middle)  # the zero point that MatMulNBits takes by default
     padded = torch.nn.functional.pad(codes, (0, blocks.count * blocks.size - blocks.cols))
-    made = [_packed(padded, blocks.width), stored.scale.to(half).contiguous().view(torch.uint8).reshape(-1)]
+    made = [_packed(padded, blocks.width), stored.scale.to(scale_dtype).contiguous().view(torch.uint8).reshape(-1)]
     return made if scheme.symmetric else [*made, _zeros(stored, blocks)]
 
 

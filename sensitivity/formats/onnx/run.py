@@ -43,13 +43,13 @@ class ONNXModel(HalvedModel):
         self.past: dict[str, OrtValue] = dict(self.empty)
         self.read = 0  # tokens in the cache
         vlm = load(str(folder), config_only=True)
-        self.half, self.config, self.positions = vision_half_of(vlm), vlm.model.config, positions_of(vlm)
+        self.vision_half, self.config, self.positions = vision_half_of(vlm), vlm.model.config, positions_of(vlm)
 
     def image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Array:
         """The rows that the language model reads in place of an image's placeholder tokens."""
         if self.positions:
             self.positions.grids = image_grid_thw
-        images = self.half.images(self.config, pixel_values.float(), image_grid_thw)
+        images = self.vision_half.images(self.config, pixel_values.float(), image_grid_thw)
         each = ({name: value.numpy() for name, value in one.items()} for one in images)
         return np.concatenate([self.vision.run(["image_features"], inputs)[0] for inputs in each])
 

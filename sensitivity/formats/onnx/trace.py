@@ -19,7 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from sensitivity.formats.halved.halves import LANGUAGE, VISION
-from sensitivity.formats.openvino.trace import WEIGHTS, parameter_input, prepared, skeleton
+from sensitivity.formats.halved.traceable import WEIGHTS, parameter_input, prepared, skeleton
 from sensitivity.models.loading import quiet
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason

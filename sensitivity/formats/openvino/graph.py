@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from sensitivity.formats.halved.traceable import WEIGHTS, parameter_input
 from sensitivity.formats.openvino.layout import CODES, ZERO, Constant
-from sensitivity.formats.openvino.trace import WEIGHTS, parameter_input
 
 if TYPE_CHECKING:
     from openvino import Model, Node

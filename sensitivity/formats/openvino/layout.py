@@ -42,14 +42,14 @@ def kept(name: str, dtype: torch.dtype, shape: Sequence[int]) -> Constant:
     return Constant(name, FLOATS[dtype], tuple(shape))
 
 
-def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Constant, ...]:
+def constants(weight: Weight, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Constant, ...]:
     """The constants of one quantized weight; symmetric codes of 4 and 8 bits are signed and need no zero point."""
     width = openvino_width(scheme.bits)
     signed = scheme.symmetric and width > 2  # there are no signed codes of two bits
     whole, per_group = _shapes(weight, scheme)
     placed = [
         Constant(f"{weight.name}{CODES}", f"{'i' if signed else 'u'}{width}", whole),
-        Constant(f"{weight.name}{SCALE}", FLOATS[half], per_group),
+        Constant(f"{weight.name}{SCALE}", FLOATS[scale_dtype], per_group),
     ]
     if not signed:
         one = tuple(1 for _ in per_group)
@@ -57,7 +57,7 @@ def constants(weight: Weight, scheme: Scheme, half: torch.dtype) -> tuple[Consta
     return tuple(placed)
 
 
-def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torch.dtype) -> list[Tensor]:
+def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, scale_dtype: torch.dtype) -> list[Tensor]:
     """The bytes of each constant that `constants` returns, in the same order."""
     width, middle = openvino_width(scheme.bits), 2 ** (scheme.bits - 1)
     codes, zero = stored.codes, stored.zero.to(torch.uint8)
@@ -66,7 +66,7 @@ def contents(stored: QuantizedWeight, weight: Weight, scheme: Scheme, half: torc
         zero = torch.full((1, 1), middle, dtype=torch.uint8)
         if width > 2:  # two's complement in `width` bits; unsigned bytes wrap around
             codes = (codes - middle) & (2**width - 1)
-    made = [_packed(codes, width), stored.scale.to(half).contiguous().view(torch.uint8).reshape(-1)]
+    made = [_packed(codes, width), stored.scale.to(scale_dtype).contiguous().view(torch.uint8).reshape(-1)]
     return [*made, _packed(zero, width)] if not scheme.symmetric or width == 2 else made
 
 

@@ -37,7 +37,7 @@ class OpenVINOModel(HalvedModel):
         self.options = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
         self.counters: dict[str, LayerCounters] = {}
         vlm = load(str(self.folder), config_only=True)
-        self.half, self.config, self.positions = vision_half_of(vlm), vlm.model.config, positions_of(vlm)
+        self.vision_half, self.config, self.positions = vision_half_of(vlm), vlm.model.config, positions_of(vlm)
         self.read = 0  # tokens in the cache
 
     @cached_property
@@ -77,7 +77,7 @@ class OpenVINOModel(HalvedModel):
         """The rows that the language model reads in place of an image's placeholder tokens."""
         if self.positions:
             self.positions.grids = image_grid_thw
-        images = self.half.images(self.config, pixel_values.float(), image_grid_thw)
+        images = self.vision_half.images(self.config, pixel_values.float(), image_grid_thw)
         each = (self._infer(VISION, {name: value.numpy() for name, value in one.items()}) for one in images)
         return np.concatenate([np.array(output["image_features"]) for output in each])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.formats.halved.model import HalvedModel
-from sensitivity.formats.openvino.trace import shapes_of_weights, without_values
+from sensitivity.formats.halved.traceable import shapes_of_weights, without_values
 from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight

@@ -116,7 +116,7 @@ class Job:
         return found
 
     @property
-    def half(self) -> torch.dtype:
+    def scale_dtype(self) -> torch.dtype:
         """The 16-bit dtype to which scales were rounded, and in which they are stored."""
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
 
