@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
@@ -58,22 +58,7 @@ def discover(
     heads = {id(model.get_submodule(path)) for path in towers.heads}
     # torch's MultiheadAttention keeps q, k and v in one bare parameter, and its layers never run as linear layers
     packed_attention = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-
-    linears: list[str] = []
-    kept: list[Kept] = []
-    included: dict[str, nn.Parameter] = {}
-    parameters = dict(model.named_parameters())
-    for path, parameter in parameters.items():
-        owners = aliases[id(parameter)]
-        reason = _reason(path, owners, heads, packed_attention, _is_router(model, path.rpartition(".")[0]))
-        is_head = any(id(owner) in heads for owner in owners)
-        if reason is None:
-            linears.append(path)
-        elif _is_included(reason, owners, is_head, towers, include):
-            included[path] = parameter
-        else:
-            part = towers.part(path) or ("language" if is_head else None)
-            kept.append(Kept(path, parameter.numel(), reason, part))
+    linears, included, kept = _sorted_parameters(model, towers, aliases, heads, packed_attention, include)
     if unplaced := [path for path in linears if towers.part(path) is None]:
         raise towers.unplaced_error(path.rpartition(".")[0] for path in unplaced)
 
@@ -86,9 +71,35 @@ def discover(
     includable = {word for weight in weights for word in ((weight.kind, EMBEDDING) if weight.tied else (weight.kind,))}
     if missing := [word for word in include if word not in includable]:
         raise UserError(f"{name or type(model).__name__} has no {missing[0]} to include; leave it out")
-    check(weights, kept, {path: parameter.numel() for path, parameter in parameters.items()})
+    check(weights, kept, {path: parameter.numel() for path, parameter in model.named_parameters()})
     parts = ComponentMap(name or type(model).__name__, "group.kind", tuple(weights), tuple(kept), native_bits)
     return parts.regroup(by)
+
+
+def _sorted_parameters(
+    model: nn.Module,
+    towers: Towers,
+    aliases: Mapping[int, list[nn.Module]],
+    heads: set[int],
+    packed_attention: list[str],
+    include: Collection[str],
+) -> tuple[list[str], dict[str, nn.Parameter], list[Kept]]:
+    """The paths of weights of linear layers, the embedding and head to include, and what is kept and why."""
+    linears: list[str] = []
+    included: dict[str, nn.Parameter] = {}
+    kept: list[Kept] = []
+    for path, parameter in model.named_parameters():
+        owners = aliases[id(parameter)]
+        reason = _reason(path, owners, heads, packed_attention, _is_router(model, path.rpartition(".")[0]))
+        is_head = any(id(owner) in heads for owner in owners)
+        if reason is None:
+            linears.append(path)
+        elif _is_included(reason, owners, is_head, towers, include):
+            included[path] = parameter
+        else:
+            part = towers.part(path) or ("language" if is_head else None)
+            kept.append(Kept(path, parameter.numel(), reason, part))
+    return linears, included, kept
 
 
 def _is_included(reason: str, owners: list[nn.Module], is_head: bool, towers: Towers, include: Collection[str]) -> bool:

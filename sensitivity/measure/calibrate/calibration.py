@@ -63,26 +63,16 @@ def calibration_statistics(
     check_path(path)
     data = calibration_examples(tasks, n, seed)
     check_disjoint(data, list(against))
-    examples = sum(len(task.examples) for task in data)
-    facts: dict[str, Setting] = {
-        "calibration": ",".join(dict.fromkeys(tasks)),
-        "examples": examples,
-        "seed": seed,
-        "data": ".".join(task.fingerprint for task in data),
-        "path": path,
-    }
+    facts = _facts(tasks, data, seed, path)
 
     def find_absorbers() -> Mapping[str, Absorber]:
         one_example = [replace(data[0], examples=data[0].examples[:1])]
         return absorbers_of(vlm.model, parts, lambda: calibration_pass(vlm, next(answer_batches(vlm, one_example))))
 
     def in_batches(rows: int) -> Iterable[TokenBatch]:
+        examples = sum(len(task.examples) for task in data)
         return each(
-            answer_batches(vlm, data, rows),
-            "calibrating",
-            "examples",
-            examples,
-            lambda batch: len(batch.examples),
+            answer_batches(vlm, data, rows), "calibrating", "examples", examples, lambda batch: len(batch.examples)
         )
 
     def passes() -> Iterator[TokenBatch]:
@@ -101,6 +91,17 @@ def calibration_statistics(
     layers = [weight for weight in parts.weights if not weight.is_embedding]
     fisher = Fisher(vlm, layers, in_batches).of
     return Statistics(facts, gathers.pop(UNIFORM), find_absorbers, cache, gathers, fisher, origin, passes)
+
+
+def _facts(tasks: Sequence[str], data: Sequence[Task], seed: int, path: str) -> dict[str, Setting]:
+    """What schemes record of their calibration."""
+    return {
+        "calibration": ",".join(dict.fromkeys(tasks)),
+        "examples": sum(len(task.examples) for task in data),
+        "seed": seed,
+        "data": ".".join(task.fingerprint for task in data),
+        "path": path,
+    }
 
 
 def _gather(

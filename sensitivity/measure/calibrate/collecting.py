@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,38 +35,47 @@ def collect(
     id(batch) and name of the input.
     """
     one_per_input = {input_of(weight): weight for weight in weights}
-    curvatures = {name: Curvature(w.cols, vlm.device) for name, w in one_per_input.items()}
-    if unquantized is not None:
-        for curvature in curvatures.values():
+    sums = _InputSums(token_weights, unquantized)
+    for name, weight in one_per_input.items():
+        sums.curvatures[name] = curvature = Curvature(weight.cols, vlm.device)
+        if unquantized is not None:
             curvature.paths = TwoPaths(curvature.width, vlm.device)
-    # the batch of the current forward pass, for the hooks
-    current: list[TokenBatch] = []
-
-    def hook_of(name: str, part: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = layer_input(args, kwargs)
-            modality, counts = current[0].modality(part, x.shape[:-1])
-            # padding tokens are left out of the sums: no answer depends on them
-            flat = x.reshape(-1, x.shape[-1])
-            weights = None if token_weights is None else weights_of_batch(token_weights, current[0], name)
-            kept = modality != PADDING if modality is not None and counts[PADDING] else slice(None)
-            weights = None if weights is None else weights[kept]
-            curvatures[name].add(flat[kept], weights)
-            if unquantized is not None and (paths := curvatures[name].paths) is not None:
-                other = unquantized[id(current[0]), name].pop(0).reshape(flat.shape)
-                paths.add(flat[kept], other[kept], weights, None if modality is None else (modality == VISION)[kept])
-            curvatures[name].modalities += counts
-
-        return hook
-
     with ExitStack() as hooks, torch.inference_mode():
         for name, weight in one_per_input.items():
             module = vlm.model.get_submodule(weight.reader)
-            handle = module.register_forward_pre_hook(hook_of(name, weight.part), with_kwargs=True)
+            handle = module.register_forward_pre_hook(partial(sums.add, name, weight.part), with_kwargs=True)
             hooks.callback(handle.remove)
         for batch in data:
-            current[:] = [batch]
+            sums.batch = batch
             forward(vlm, batch)
     for name, weight in one_per_input.items():
-        curvatures[name].check(weight.name)
-    return curvatures
+        sums.curvatures[name].check(weight.name)
+    return sums.curvatures
+
+
+class _InputSums:
+    """The statistics of some layers' inputs, to which hooks add what the layers read."""
+
+    batch: TokenBatch  # of the current forward pass
+
+    def __init__(
+        self, token_weights: TokenWeights | None, unquantized: Mapping[tuple[int, str], list[Tensor]] | None
+    ) -> None:
+        self.token_weights, self.unquantized = token_weights, unquantized
+        self.curvatures: dict[str, Curvature] = {}
+
+    def add(self, name: str, part: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        """Add a layer's input to the statistics of that name."""
+        x, curvature = layer_input(args, kwargs), self.curvatures[name]
+        modality, counts = self.batch.modality(part, x.shape[:-1])
+        flat = x.reshape(-1, x.shape[-1])
+        weights = None if self.token_weights is None else weights_of_batch(self.token_weights, self.batch, name)
+        # padding tokens are left out of the sums: no answer depends on them
+        kept = modality != PADDING if modality is not None and counts[PADDING] else slice(None)
+        weights = None if weights is None else weights[kept]
+        curvature.add(flat[kept], weights)
+        if self.unquantized is not None and curvature.paths is not None:
+            other = self.unquantized[id(self.batch), name].pop(0).reshape(flat.shape)
+            is_image = None if modality is None else (modality == VISION)[kept]
+            curvature.paths.add(flat[kept], other[kept], weights, is_image)
+        curvature.modalities += counts
