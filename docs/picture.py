@@ -14,7 +14,7 @@ from PIL import Image
 OUT = Path(__file__).parent / "report.png"
 WIDTH, HEIGHT = 1000, 1485  # of the window: the summary, the plan and the frontier
 COLORS = 128  # of the palette: flat colors and text need no more
-MOST = 300_000  # bytes
+MAX_BYTES = 300_000  # bytes
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync")
 
 
@@ -38,8 +38,8 @@ def main() -> None:
     small = Image.open(io.BytesIO(taken(page))).convert("RGB").quantize(COLORS)
     small.save(OUT, optimize=True)
     size = OUT.stat().st_size
-    if size > MOST:
-        raise SystemExit(f"{OUT} has {size} bytes, above {MOST}")
+    if size > MAX_BYTES:
+        raise SystemExit(f"{OUT} has {size} bytes, above {MAX_BYTES}")
     print(f"{OUT.name}: {size / 1e3:.0f} kB")
 
 

@@ -52,7 +52,7 @@ WALKS = ROOT / "reports" / "atlas.csv"
 BITS = (2, 3, 4, 8)
 AVERAGES = (3.0, 4.0, 5.0, 6.0)  # budgets: mean bits of the quantized weights
 AFTER = (3, 5, 10, 20)  # numbers of plans after which the loss is shown
-MOST = {"embedded": 20, "published": 30}  # plans that a search measures
+MAX_PLANS = {"embedded": 20, "published": 30}  # plans that a search measures
 ENOUGH = 1.0  # loss in % of full precision at which a search has found its plans
 NONE, ALIKE, WRONG, ALL = "none", "others of its kind", "of the wrong parts", "all others"
 
@@ -150,11 +150,11 @@ def searches(own: Known, studies: Sequence[Known], folder: Path, seeds: int) -> 
         if damages is not None:
             expected.save(place, damages, prior)
         began = time.process_time()
-        rows = walk(own.table, "frontier", MOST[own.kind], seed, place)
+        rows = walk(own.table, "frontier", MAX_PLANS[own.kind], seed, place)
         found = [
             {"model": own.name, "prior": prior, "seed": seed, "plans": plans,
              "lost": regrets(own.table, rows[:plans], damages)["believed"]}
-            for plans in range(2, MOST[own.kind] + 1)
+            for plans in range(2, MAX_PLANS[own.kind] + 1)
         ]  # fmt: skip
         seconds = round(time.process_time() - began, 1)
         rows_ = pd.concat([done, pd.DataFrame(found).assign(cpu_s=seconds)], ignore_index=True)

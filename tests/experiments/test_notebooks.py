@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MOST = 300_000  # bytes; figures are small
+MAX_BYTES = 300_000  # bytes; figures are small
 SHARED = Path(os.environ.get("SENSITIVITY_SHARED", FOLDER.parent.parent / "shared")) / "data" / "published"
 
 
@@ -43,7 +43,7 @@ def test_it_is_stored_with_its_figures_and_ends_in_a_decision(path: Path) -> Non
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
     assert pictures(notebook) >= 2
-    assert path.stat().st_size < MOST
+    assert path.stat().st_size < MAX_BYTES
     assert "**What you can decide now.**" in notebook.cells[-1].source
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sensitivity.measure.passes.attention_hooks import attending_hooks
 
-# limits of the released code: factors are clamped between LEAST and MOST, and those within NEAR of 1 are not applied
+# limits of the released code: factors are clamped between LEAST_* and MOST_*; those within NEAR_* of 1 are not applied
 LEAST_LOGIT, MOST_LOGIT, NEAR_LOGIT = 0.7, 1.4, 0.02
 MOST_OUTPUT, NEAR_OUTPUT = 0.30, 0.03  # the same, of the logarithm of the factor
 MASKED = -1e4  # logits below this are masked
