@@ -24,7 +24,7 @@ class PromptStyle:
 
     image_tokens: int
     kinds: tuple[str, ...]  # the kinds of question in a row, in this order
-    template: Callable[[S.Question], str]
+    template: Callable[[S.SceneQuestion], str]
     extra_words: tuple[str, ...] = ()  # beyond the vocabulary of scenes-llava
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -86,9 +86,9 @@ class Batch:
     angle: torch.Tensor  # scenes x patches: index into scenes.ANGLES
 
 
-def _pick(scene: S.Scene, rng: np.random.Generator, kinds: tuple[str, ...]) -> list[S.Question]:
+def _pick(scene: S.Scene, rng: np.random.Generator, kinds: tuple[str, ...]) -> list[S.SceneQuestion]:
     """One question of each kind at random; of `exists` both, the one answered yes and the one answered no."""
-    found: dict[str, list[S.Question]] = {}
+    found: dict[str, list[S.SceneQuestion]] = {}
     for q in S.questions_about(scene, int(rng.integers(2**31))):
         found.setdefault(q.kind, []).append(q)
     picked = {kind: questions[int(rng.integers(len(questions)))] for kind, questions in found.items()}

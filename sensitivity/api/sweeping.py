@@ -22,7 +22,7 @@ from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
 from sensitivity.measure.loop import run_plans as run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
-from sensitivity.quantize.methods import importance_of, needs_both_paths, needs_data
+from sensitivity.quantize.methods import needs_both_paths, needs_data, token_weighting
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap, granularity
 from sensitivity.spec.errors import UserError
@@ -226,7 +226,7 @@ def with_calibration(
     path = path_for(needing, path)
     check_path(path, needing)
     cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
-    kinds = {importance_of(one) for one in needing}
+    kinds = {token_weighting(one) for one in needing}
     statistics = calibration_statistics(vlm, parts, tasks, n, seed, path, against, cache, importance=kinds)
     return [
         replace(one, settings=tuple({**dict(one.settings), **statistics.facts}.items())) if one in needing else one

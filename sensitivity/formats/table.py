@@ -58,7 +58,7 @@ CHECKS: dict[str, Callable[[VLM | str], None]] = {
 EXPECTED = "expected.parquet"  # per-example answers of the trial, for `verify`
 
 
-class Summary(TypedDict):
+class ExportSummary(TypedDict):
     """The format and the sizes of an export."""
 
     format: str
@@ -75,7 +75,7 @@ def write(
     runtime: str | None = None,
     expected: Path | None = None,
     notes: Callable[[], Sequence[str]] = tuple,
-) -> Summary:
+) -> ExportSummary:
     """Write a plan in a format, and return a summary; an earlier export at `out` is replaced only with `force`.
 
     `facts` (scores, data, seeds) and `expected` (per-example answers) are those of the plan's trial and are stored with
@@ -116,9 +116,9 @@ def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = (
         check_may_write(out, force, manifest.why_foreign, [cache_folder(), *keep])
 
 
-def _summary(job: Job, written: Written, format: str) -> Summary:
+def _summary(job: Job, written: Written, format: str) -> ExportSummary:
     predicted = predicted_size(job, written, format)
-    facts: Summary = {"format": format, "predicted_size": predicted.to_json()}
+    facts: ExportSummary = {"format": format, "predicted_size": predicted.to_json()}
     if written.bytes:
         total = sum(written.bytes.values())
         facts["written"] = {

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sensitivity.models.checkpoint import header, json_object, model_folder
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.spec.fields import FILE, FOLDER, MISSING, Misfit, check, not_a_file, shortened
+from sensitivity.spec.fields import FILE, FOLDER, MISSING, InvalidValue, check, not_a_file, shortened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -57,7 +57,7 @@ def adapter_config(folder: Path, name: str) -> dict[str, object] | None:
     config = json_object(file, name)
     try:
         check(config, {}, {"base_model_name_or_path": FILE})
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"{CONFIG} of {name} does not fit: {error}; fetch it again") from error
     if not_a_file(folder / WEIGHTS) == MISSING:
         raise UserError(f"{name} has no {WEIGHTS}; save the adapter with model.save_pretrained(folder)")

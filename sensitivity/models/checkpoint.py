@@ -23,8 +23,8 @@ from sensitivity.spec.fields import (
     OBJECT,
     SHOWN,
     TEXT,
+    InvalidValue,
     Kind,
-    Misfit,
     check,
     either,
     list_of,
@@ -120,7 +120,7 @@ def read_config(folder: Path, name: str, quantized: bool = False) -> dict[str, o
     try:
         check(config, {}, CONFIG_FIELDS)
         _check_counts(config)
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"config.json of {name} does not fit: {error}; fetch it again") from error
     if isinstance(quantization := config.get("quantization_config"), dict) and not quantized:
         method = str(quantization.get("quant_method", "by an unnamed method"))[:SHOWN]
@@ -135,7 +135,7 @@ def json_object(file: Path, name: str) -> dict[str, object]:
     """The JSON object in one of a model's files."""
     try:
         content = read(file)
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"{file.name} of {name} is not JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file.name} of {name} is not a JSON object; fetch it again")
@@ -148,7 +148,7 @@ def _check_counts(config: object, path: str = "") -> None:
     for key, value in inside:
         below = path if isinstance(key, int) else f"{path}.{key}" if path else str(key)
         if isinstance(value, int) and value > MAX_COUNT and LAYER_COUNTS.search(below.rpartition(".")[2]):
-            raise Misfit(f"{below} is {value}, and {MAX_COUNT:,} is the most")
+            raise InvalidValue(f"{below} is {value}, and {MAX_COUNT:,} is the most")
         _check_counts(value, below)
 
 

@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sensitivity.models.checkpoint import header, json_object, model_folder, shards_of, weight_files
 from sensitivity.models.families import Family
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.spec.fields import FILE, MISSING, OBJECT, Kind, Misfit, check, not_a_file
+from sensitivity.spec.fields import FILE, MISSING, OBJECT, InvalidValue, Kind, check, not_a_file
 
 IMAGE_SIZES = {"geochat": 504}  # pixels of the input; other models keep the size of their tower
 TOWERS = {  # towers whose config need not be fetched; their weights may be in the checkpoint
@@ -190,11 +190,11 @@ def _tensors_of(file: Path, name: str) -> dict[str, tuple[torch.dtype, Read]]:
         return {key: (entry.dtype, partial(_read_tensor, file, key)) for key, entry in header(file).items()}
     try:
         if trouble := not_a_file(file):
-            raise Misfit(trouble)
+            raise InvalidValue(trouble)
         # weights_only runs no code of the pickle; mmap reads a tensor's bytes when they are used
         tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()):
-            raise Misfit("it holds other things than tensors")
+            raise InvalidValue("it holds other things than tensors")
     except Exception as error:  # torch's own, pickle's, zip's
         raise UserError(f"{file.name} of {name} cannot be read as weights alone ({reason(error)})") from error
     return {key: (tensor.dtype, tensor.detach) for key, tensor in tensors.items()}  # memory-mapped

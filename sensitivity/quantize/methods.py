@@ -260,7 +260,7 @@ def weights_of(scheme: Scheme) -> Scheme:
     return of_weights(scheme, method_of(scheme), tuple(CALIBRATION))
 
 
-def importance_of(scheme: Scheme) -> str:
+def token_weighting(scheme: Scheme) -> str:
     """What a scheme weighs calibration tokens by: UNIFORM, or another of IMPORTANCE."""
     return str(scheme.get("importance") or UNIFORM)
 
@@ -272,7 +272,7 @@ def needs_both_paths(scheme: Scheme) -> bool:
 
 def needs_gradients(scheme: Scheme) -> bool:
     """Whether a scheme needs a backward pass: of the answer loss, or of a block's own error."""
-    return importance_of(scheme) in GRADIENTS or needs_fisher(scheme)
+    return token_weighting(scheme) in GRADIENTS or needs_fisher(scheme)
 
 
 def needs_fisher(scheme: Scheme) -> bool:

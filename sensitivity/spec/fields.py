@@ -17,7 +17,7 @@ MISSING, FOLDER = "it is not there", "it is a folder"
 SHOWN = 60  # characters of a wrong value that a message quotes
 
 
-class Misfit(ValueError):
+class InvalidValue(ValueError):
     """What is wrong with a value or a file, as a part of a sentence; the caller adds the rest."""
 
 
@@ -92,22 +92,22 @@ def one_of(*names: str) -> Kind:
 
 
 def check(value: object, required: Mapping[str, Kind], optional: Mapping[str, Kind] = {}, what: str = "it") -> Any:
-    """Return the value if it is an object whose fields are of these kinds; raise Misfit otherwise.
+    """Return the value if it is an object whose fields are of these kinds; raise InvalidValue otherwise.
 
     An optional field may be null. Fields that are not named are allowed, since data sets have more of them than we
     read.
     """
     if not isinstance(value, dict):
-        raise Misfit(f"{what} is {quoted(value)} instead of an object")
+        raise InvalidValue(f"{what} is {quoted(value)} instead of an object")
     # missing fields are reported first, all at once: they show that the file has another layout
     if missing := [name for name in required if name not in value]:
-        raise Misfit(f"{what} has no {' and no '.join(map(repr, missing))}")
+        raise InvalidValue(f"{what} has no {' and no '.join(map(repr, missing))}")
     for name, kind in required.items():
         if not kind.fits(value[name]):
-            raise Misfit(f"{name} is {quoted(value[name])} instead of {kind.expected}")
+            raise InvalidValue(f"{name} is {quoted(value[name])} instead of {kind.expected}")
     for name, kind in optional.items():
         if value.get(name) is not None and not kind.fits(value[name]):
-            raise Misfit(f"{name} is {quoted(value[name])} instead of {kind.expected}")
+            raise InvalidValue(f"{name} is {quoted(value[name])} instead of {kind.expected}")
     return value
 
 
@@ -134,20 +134,20 @@ def parsed(text: str | bytes) -> Any:
         plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         return json.loads(plain, parse_constant=_constant)
     except UnicodeDecodeError as error:
-        raise Misfit(f"byte {error.start:,} is not UTF-8") from error
+        raise InvalidValue(f"byte {error.start:,} is not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise Misfit(f"{error.msg} at line {error.lineno}, column {error.colno}") from error
+        raise InvalidValue(f"{error.msg} at line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
-        raise Misfit("it is nested too deeply") from error
-    except Misfit:
+        raise InvalidValue("it is nested too deeply") from error
+    except InvalidValue:
         raise
     except ValueError as error:  # Python refuses to convert a number of more than 4,300 digits
-        raise Misfit("a number has too many digits") from error
+        raise InvalidValue("a number has too many digits") from error
 
 
 def _constant(name: str) -> float:
     if name == "NaN":
-        raise Misfit("NaN is not valid JSON")
+        raise InvalidValue("NaN is not valid JSON")
     return -math.inf if name.startswith("-") else math.inf  # transformers writes infinities into config files
 
 
@@ -157,13 +157,13 @@ def content(file: Path, largest: int | None = None) -> bytes:
     A folder or a pipe is refused, too: reading a pipe may never end.
     """
     if trouble := not_a_file(file):
-        raise Misfit(trouble)
+        raise InvalidValue(trouble)
     try:
         if largest is not None and (size := file.stat().st_size) > largest:
-            raise Misfit(f"it has {size:,} bytes, and such a file has a few thousand")
+            raise InvalidValue(f"it has {size:,} bytes, and such a file has a few thousand")
         return file.read_bytes()
     except OSError as error:
-        raise Misfit(f"it cannot be read: {(error.strerror or 'no reason is given').lower()}") from error
+        raise InvalidValue(f"it cannot be read: {(error.strerror or 'no reason is given').lower()}") from error
 
 
 def not_a_file(file: Path) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import Misfit, content, parsed, quoted
+from sensitivity.spec.fields import InvalidValue, content, parsed, quoted
 
 FOLDER = Path(__file__).parent / "schemas"
 LARGEST = 256 * 2**20  # bytes; our files have kilobytes, so a larger one is not ours and is not read
@@ -69,11 +69,11 @@ def read(path: Path, name: str, remedy: str) -> Any:
     what = f"{path} cannot be used"
     try:
         raw = content(path, LARGEST)
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"{what}: {error}; {remedy}") from error
     try:
         value = parsed(raw)
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"{what}: it is not JSON, or was cut short ({error}); {remedy}") from error
     check(value, name, what, remedy)
     return value

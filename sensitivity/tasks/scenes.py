@@ -67,7 +67,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question about a scene, and its answer."""
 
     kind: str
@@ -246,25 +246,25 @@ def caption(scene: Scene) -> str:
     return ", ".join(parts) + f", on {scene.background}"
 
 
-def _exists(scene: Scene, seed: int) -> Iterator[Question]:
+def _exists(scene: Scene, seed: int) -> Iterator[SceneQuestion]:
     """One question about a digit that is there and one about a digit that is not, so that yes and no are as likely."""
     rng = np.random.default_rng([seed, zlib.crc32(scene.id.encode())])
     present = [d.value for d in scene.digits]
     absent = [v for v in range(10) if v not in present]
     for values, answer in ((present, "yes"), (absent, "no")):
-        yield Question("exists", f"is there any {values[int(rng.integers(len(values)))]}?", answer)
+        yield SceneQuestion("exists", f"is there any {values[int(rng.integers(len(values)))]}?", answer)
 
 
-def questions_about(scene: Scene, seed: int = 0) -> list[Question]:
+def questions_about(scene: Scene, seed: int = 0) -> list[SceneQuestion]:
     """Every question about a scene, kind by kind; only the two existence questions depend on `seed`."""
     digits = scene.digits
     return [
-        *(Question("position", f"where is the {d.value}?", CELLS[d.cell]) for d in digits),
-        *(Question("colour", f"what colour is the {d.value}?", d.color) for d in digits),
-        *(Question("digit", f"which digit is {d.color}?", str(d.value)) for d in digits),
+        *(SceneQuestion("position", f"where is the {d.value}?", CELLS[d.cell]) for d in digits),
+        *(SceneQuestion("colour", f"what colour is the {d.value}?", d.color) for d in digits),
+        *(SceneQuestion("digit", f"which digit is {d.color}?", str(d.value)) for d in digits),
         *_exists(scene, seed),
-        Question("count", "how many digits are there?", COUNTS[len(digits) - 1]),
-        Question("caption", "describe the image.", caption(scene)),
-        Question("scene", "what is the background?", scene.background),
-        *(Question("ground", f"locate the {d.value}.", d.text) for d in digits),
+        SceneQuestion("count", "how many digits are there?", COUNTS[len(digits) - 1]),
+        SceneQuestion("caption", "describe the image.", caption(scene)),
+        SceneQuestion("scene", "what is the background?", scene.background),
+        *(SceneQuestion("ground", f"locate the {d.value}.", d.text) for d in digits),
     ]

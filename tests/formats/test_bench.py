@@ -25,7 +25,7 @@ from sensitivity.formats.timing import timed_process
 from sensitivity.formats.timing.intervals import FEWEST, interval, times, times_faster
 from sensitivity.formats.timing.memory import memory_now
 from sensitivity.formats.timing.side_by_side import bench
-from sensitivity.formats.timing.timed_process import NEW_TOKENS, Asked, Round, Stage, TimedModel, answered
+from sensitivity.formats.timing.timed_process import NEW_TOKENS, Asked, Round, TimedModel, TimedStage, answered
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.models.discovery import inspect
@@ -55,7 +55,7 @@ def test_fewer_rounds_would_give_no_interval() -> None:
 
 
 def planted(image: float, prompt: float, new: float) -> Round:
-    return Round(Stage(image, image / 2, 2), Stage(prompt, prompt / 2, 50), Stage(new, new / 2, 10), 16)
+    return Round(TimedStage(image, image / 2, 2), TimedStage(prompt, prompt / 2, 50), TimedStage(new, new / 2, 10), 16)
 
 
 def test_times_are_per_image_and_token_and_ratios_of_the_same_round() -> None:

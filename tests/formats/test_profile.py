@@ -15,7 +15,7 @@ from sensitivity.formats.openvino.layer_counters import LayerCounters, name_laye
 from sensitivity.formats.timing.kept_times import load_kept_times
 from sensitivity.formats.timing.profile import _as_in_graphs, checked, first_inputs
 from sensitivity.formats.timing.rows_at_once import rows_by_weight
-from sensitivity.formats.timing.timed_process import LayerSeconds, Round, Stage
+from sensitivity.formats.timing.timed_process import LayerSeconds, Round, TimedStage
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
@@ -58,7 +58,7 @@ def test_a_layer_that_no_graph_reads_takes_no_time(tmp_path: Path) -> None:
 def test_the_seconds_of_layers_are_told_apart_by_stage() -> None:
     """The first round is left out; a process that had the processor half of the time spent half of what was counted."""
     rounds = LayerSeconds(threads=1)
-    stage = Stage(wall=2.0, cpu=1.0, count=4)
+    stage = TimedStage(wall=2.0, cpu=1.0, count=4)
     totals: dict[str, float] = {}
     for took in (100.0, 8.0, 16.0):
         seen = [totals]

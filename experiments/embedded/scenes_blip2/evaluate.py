@@ -35,7 +35,7 @@ class Blip2Reader(Reader):
 
     def asked(self, prompt: str) -> str:
         kind = "caption" if prompt == "describe the image." else ""
-        return blip2.prompt(S.Question(kind, prompt, "")).removeprefix("<s>")  # the tokenizer adds <s> itself
+        return blip2.prompt(S.SceneQuestion(kind, prompt, "")).removeprefix("<s>")  # the tokenizer adds <s> itself
 
 
 def answering(folder: Path, n: int, seed: int) -> dict[str, Any]:

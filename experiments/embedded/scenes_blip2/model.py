@@ -29,7 +29,7 @@ ITC = 64  # width of the embeddings of images and captions
 MORE = ("Question:", "Short", "answer:")
 
 
-def prompt(question: S.Question) -> str:
+def prompt(question: S.SceneQuestion) -> str:
     """The prompt format of the published BLIP-2: `<s>`, then a question, or nothing for a caption."""
     return "<s>" if question.kind == "caption" else f"<s>Question: {question.prompt} Short answer:"
 

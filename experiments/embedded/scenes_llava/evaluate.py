@@ -99,7 +99,7 @@ class Reader:
 def measure(
     reader: Reader,
     kind: str,
-    asked: list[tuple[int, S.Question]],
+    asked: list[tuple[int, S.SceneQuestion]],
     scenes: list[S.Scene],
     targets: dict[str, dict[str, float]] = TARGETS,
     surprise: bool = True,

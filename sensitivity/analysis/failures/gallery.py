@@ -46,7 +46,7 @@ class ExplainedCard:
 
 
 @dataclass(frozen=True)
-class Gallery:
+class FailureGallery:
     """The changed examples of a plan that are shown, and counts over all of its examples."""
 
     title: str
@@ -75,7 +75,7 @@ class Gallery:
 
 def galleries(
     study: Study, plans: Iterable[tuple[str, Plan]], most: int, task: str = "", kind: str = ""
-) -> list[Gallery]:
+) -> list[FailureGallery]:
     """A gallery for each plan, against full precision, of at most so many examples; plans come with a title.
 
     The answers are those of the verification on fresh examples where a plan was verified.
@@ -101,7 +101,7 @@ def gallery_of(
     part: str = "",
     ask: str = "",
     home: Path | None = None,
-) -> Gallery:
+) -> FailureGallery:
     """The gallery of a plan of the study that has its answers; without pictures where none are wanted.
 
     `home` is the folder of the study that was swept, if the answers are those of its verification. With `part`, only
@@ -123,7 +123,7 @@ def gallery_of(
     counts = [row for row in counts if not kind or row["kind"] == kind] or counts
     notes = tuple(notes_on(cards)) if pictures else ()
     unexplained = sum(one.cost > 0 and why is None for one, why in zip(every, causes, strict=True))
-    return Gallery(
+    return FailureGallery(
         title, plan, "full precision", tuple(counts), len(shown), cards, notes, causes=tuple(tally(causes)),
         unexplained=unexplained, ask=ask, part=part,
         explained=tuple(known), calibration=tuple(_calibration_cards(known)),

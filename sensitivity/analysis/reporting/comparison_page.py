@@ -10,11 +10,11 @@ from markupsafe import Markup
 from sensitivity.analysis.comparing.sides import Pairing, Side
 from sensitivity.analysis.comparing.versus import Row, Versus
 from sensitivity.analysis.failures.changes import changed_answers
-from sensitivity.analysis.failures.gallery import Card, Gallery, notes_on
+from sensitivity.analysis.failures.gallery import Card, FailureGallery, notes_on
 from sensitivity.analysis.failures.pictures import Pictures
 from sensitivity.analysis.reporting import figures
 from sensitivity.analysis.reporting.environment import check, rendered
-from sensitivity.analysis.reporting.static_figures import Picture, slug
+from sensitivity.analysis.reporting.static_figures import DrawnFigure, slug
 from sensitivity.analysis.reporting.table_rows import frontier_rows
 from sensitivity.spec.files import write_atomically
 from sensitivity.study.examples.answer_counts import counts_by_kind
@@ -42,7 +42,7 @@ def write(out: Path, a: Side, b: Side, comparison: Versus) -> None:
 def _frontiers(a: Side, b: Side, comparison: Versus, task: str) -> tuple[str, Markup]:
     """Both frontiers of a task in one figure, with its title."""
     rows = {name: frontier_rows(side.study.table(), task) for name, side in (("A", a), ("B", b))}
-    picture = Picture(
+    picture = DrawnFigure(
         f"frontiers-{slug(task)}", f"{task}: the frontiers of A and B", _frontiers_alt(comparison, task),
         figures.svg(figures.frontiers(rows, task)), b"", pd.concat(rows),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def _frontiers_alt(comparison: Versus, task: str) -> str:
     return "; ".join([f"Lines of the best {task} that each size reaches", *reached]) + "."
 
 
-def _gallery(a: Side, b: Side, row: Row) -> Gallery:
+def _gallery(a: Side, b: Side, row: Row) -> FailureGallery:
     """The examples that both plans have seen and that they answer differently."""
     before, after = a.study.examples(row.a), b.study.examples(row.b)
     assert before is not None, "the comparison has a row for it"
@@ -70,4 +70,4 @@ def _gallery(a: Side, b: Side, row: Row) -> Gallery:
     pictures = Pictures(b.study.meta)
     cards = tuple(Card(one, tuple(pictures.of(one))) for one in every[:MAX_EXAMPLES])
     counts = tuple(counts_by_kind(after, before))
-    return Gallery("Answers that differ", row.b, "A", counts, len(every), cards, tuple(notes_on(cards)), "B")
+    return FailureGallery("Answers that differ", row.b, "A", counts, len(every), cards, tuple(notes_on(cards)), "B")

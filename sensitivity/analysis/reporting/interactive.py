@@ -18,7 +18,7 @@ MANY_POINTS = 400  # with more points, they are small, and only the frontier and
 Scale = Callable[[float], float]
 
 
-class Point(TypedDict):
+class PlotPoint(TypedDict):
     """A plan in the figure."""
 
     i: int  # its row in the study's table
@@ -73,7 +73,7 @@ def pareto(
     }
 
 
-def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, up: Scale) -> list[Point]:
+def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, up: Scale) -> list[PlotPoint]:
     """A point per plan, with its interval where one is known."""
     missing = pd.Series(math.nan, rows.index)
     low, high = (rows[name].astype(float) if (name := f"{task}.{end}") in rows else missing for end in ("low", "high"))

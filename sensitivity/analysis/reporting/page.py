@@ -23,7 +23,7 @@ from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.environment import GENERATOR, rendered
 from sensitivity.analysis.reporting.frontier_table import FrontierRow, largest_on_frontier
 from sensitivity.analysis.reporting.interactive import pareto
-from sensitivity.analysis.reporting.static_figures import Picture, figures_of_task, slug
+from sensitivity.analysis.reporting.static_figures import DrawnFigure, figures_of_task, slug
 from sensitivity.analysis.reporting.time_and_memory import TimeAndMemory, time_and_memory_section
 from sensitivity.analysis.reporting.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
@@ -116,7 +116,7 @@ def _time_and_memory(
     return found
 
 
-def _write_picture(picture: Picture, stem: Path) -> None:
+def _write_picture(picture: DrawnFigure, stem: Path) -> None:
     """Write a figure as PNG, SVG and CSV."""
     write_atomically(stem.with_suffix(".png"), picture.png)
     write_atomically(stem.with_suffix(".svg"), picture.svg.encode())
@@ -148,7 +148,9 @@ class TaskPage:
     near: pd.DataFrame | None = None  # shares among plans that one would use
     methods: pd.DataFrame | None = None  # shares for each method
     pareto: dict[str, object] | None = None  # the interactive figure
-    pictures: list[tuple[Picture, Markup]] = field(default_factory=list)  # static figures, and their SVG for the page
+    pictures: list[tuple[DrawnFigure, Markup]] = field(
+        default_factory=list
+    )  # static figures, and their SVG for the page
     best: list[FrontierRow] = field(default_factory=list)  # plans on the frontier
     budgets: list[Candidate] = field(default_factory=list)
 

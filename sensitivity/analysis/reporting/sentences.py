@@ -21,7 +21,7 @@ from sensitivity.study.study import Study
 
 
 @dataclass(frozen=True)
-class Summary:
+class ReportSummary:
     """The report's summary: what to do, how sure that is, and what would change the answer."""
 
     do: tuple[str, ...]
@@ -35,10 +35,10 @@ def summary(
     recommendations: Sequence[Recommendation],
     rankings: Sequence[Ranking | None],
     grown: Sequence[str] = (),
-) -> Summary:
+) -> ReportSummary:
     """The report's summary of a study, its recommendations and its rankings."""
     ranked = [ranking for ranking in rankings if ranking is not None]
-    return Summary(
+    return ReportSummary(
         tuple(_do(study, recommendations, ranked)),
         (*_sure(study, recommendations, ranked), *grown),
         tuple(_change(study, recommendations, ranked)),

@@ -22,7 +22,7 @@ Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, text alternat
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnFigure:
     """A static figure, drawn once for both the page and the files beside it."""
 
     name: str
@@ -52,7 +52,7 @@ def figures_of_task(
     ranking: Ranking | None,
     full: float | None,
     chosen: Sequence[str] = (),
-) -> list[Picture]:
+) -> list[DrawnFigure]:
     """Every figure for which the trials of one task hold data."""
     task = observations.task
     names = [name for name in observations.names if table[name].nunique() > 1]
@@ -72,7 +72,7 @@ def figures_of_task(
         title = "Predicted and measured scores of unseen plans"
         drawn.append(("calibration", title, sentences.calibration_alt(checked), figure, checked))
     return [
-        Picture(name, title, alt, figures.svg(figure), figures.png(figure), rows)
+        DrawnFigure(name, title, alt, figures.svg(figure), figures.png(figure), rows)
         for name, title, alt, figure, rows in drawn
     ]
 

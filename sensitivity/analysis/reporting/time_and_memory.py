@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sensitivity.analysis.reporting import figures
-from sensitivity.analysis.reporting.static_figures import Picture
+from sensitivity.analysis.reporting.static_figures import DrawnFigure
 from sensitivity.analysis.reporting.table_rows import frontier_rows
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
@@ -53,7 +53,7 @@ class TimeAndMemory:
     tokens: str
     bought: list[Bought]
     plans: list[PlanCost]
-    pictures: list[Picture]
+    pictures: list[DrawnFigure]
 
 
 def time_and_memory_section(
@@ -123,7 +123,7 @@ def _bought(parts: ComponentMap, times: LayerTimes, plans: Sequence[Plan]) -> li
     return found
 
 
-def _pictures(rows: pd.DataFrame, task: str, chosen: Sequence[str], runtime: str) -> list[Picture]:
+def _pictures(rows: pd.DataFrame, task: str, chosen: Sequence[str], runtime: str) -> list[DrawnFigure]:
     """Score against time, and against memory."""
     native = rows[rows["native"]]
     full = float(native[task].mean()) if len(native) else None
@@ -135,5 +135,5 @@ def _pictures(rows: pd.DataFrame, task: str, chosen: Sequence[str], runtime: str
         figure = figures.against_cost(rows, task, cost, label, full, chosen)
         alt = f"Score on {task} of {len(rows)} plans against {label}, with the frontier of the best."
         data = rows[[cost, task, "plan", "key"]]
-        made.append(Picture(name, f"Score against {label}", alt, figures.svg(figure), figures.png(figure), data))
+        made.append(DrawnFigure(name, f"Score against {label}", alt, figures.svg(figure), figures.png(figure), data))
     return made

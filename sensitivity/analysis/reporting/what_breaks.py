@@ -15,7 +15,7 @@ from sensitivity.study.study import Study
 MAX_PICTURES = 60  # on a page
 
 
-def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[list[Gallery], list[str]]:
+def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[list[FailureGallery], list[str]]:
     """Galleries of the compared plans whose answers are known; without any, a sentence that says why."""
     plans = _plans(recommendations)
     if not plans:

@@ -157,7 +157,7 @@ class ScorePoint(TypedDict):
     n: int | None
 
 
-class Point(TypedDict):
+class ShownPlan(TypedDict):
     """A plan on the frontier."""
 
     bpw: float
@@ -166,7 +166,7 @@ class Point(TypedDict):
     scores: dict[str, ScorePoint]
 
 
-def points(study: Study) -> list[Point]:
+def points(study: Study) -> list[ShownPlan]:
     """The frontier as JSON values."""
     return [_point(trial) for trial in best_so_far(study)]
 
@@ -194,7 +194,7 @@ def frontier_lines(study: Study, most: int = 8) -> list[str]:
     return lines
 
 
-def _point(trial: Trial) -> Point:
+def _point(trial: Trial) -> ShownPlan:
     """A trial as JSON values: size, plan, scores with intervals."""
     scores = {
         task: ScorePoint(mean=score["mean"], low=score.get("low"), high=score.get("high"), n=score.get("n"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sensitivity.formats.checkpoints.fake import LOAD
 from sensitivity.formats.checkpoints.gptq import packed_layout
-from sensitivity.formats.writing.checkpoint import header_bytes, write_checkpoint
+from sensitivity.formats.writing.checkpoint import bytes_beside_tensors, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.spec.components import VOCABULARY
 from sensitivity.spec.plan import Scheme
@@ -30,7 +30,7 @@ def write(job: Job, folder: Path) -> Written:
     (folder / "layer_config.json").write_text(api, encoding="utf-8")
     notes = ["This layout also stores a zero point for every group, and four bytes per column that name its group."]
     load = API.format(load=LOAD.format(dtype=job.dtype_name).rstrip())
-    return Written(load=load, bytes=weight, hashes=hashes, headers=header_bytes(folder, weight), notes=notes)
+    return Written(load=load, bytes=weight, hashes=hashes, headers=bytes_beside_tensors(folder, weight), notes=notes)
 
 
 def config(job: Job) -> dict[str, object]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.checkpoints.fake import LOAD
-from sensitivity.formats.writing.checkpoint import PackedLayout, float16_scale, header_bytes, write_checkpoint
+from sensitivity.formats.writing.checkpoint import PackedLayout, bytes_beside_tensors, float16_scale, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
@@ -29,7 +29,7 @@ def write(job: Job, folder: Path) -> Written:
         load=LOAD.format(dtype=job.dtype_name) + "# needs: pip install gptqmodel\n",
         bytes=weight,
         hashes=hashes,
-        headers=header_bytes(folder, weight),
+        headers=bytes_beside_tensors(folder, weight),
         notes=("This layout stores a zero point for every group, even on symmetric grids.",),
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sensitivity.formats.checkpoints.fake import LOAD
-from sensitivity.formats.writing.checkpoint import PackedLayout, header_bytes, write_checkpoint
+from sensitivity.formats.writing.checkpoint import PackedLayout, bytes_beside_tensors, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
@@ -43,7 +43,7 @@ def write(job: Job, folder: Path) -> Written:
         load=load if has_one_group(job) else load + UNPACK,
         bytes=weight,
         hashes=hashes,
-        headers=header_bytes(folder, weight),
+        headers=bytes_beside_tensors(folder, weight),
         notes=(
             "Needs compressed-tensors (pip install compressed-tensors).",
             ROUNDED if has_one_group(job) else LAST_LINE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sensitivity.formats.writing.checkpoint import header_bytes, write_checkpoint
+from sensitivity.formats.writing.checkpoint import bytes_beside_tensors, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 
 LOAD = """\
@@ -25,7 +25,7 @@ def write(job: Job, folder: Path) -> Written:
         load=LOAD.format(dtype=job.dtype_name),
         bytes=weight,
         hashes=hashes,
-        headers=header_bytes(folder, weight),
+        headers=bytes_beside_tensors(folder, weight),
         notes=("The values are quantized, but the files are not smaller: they hold every weight in full precision.",),
         runs=True,
     )

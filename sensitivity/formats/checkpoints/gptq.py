@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sensitivity.formats.writing.checkpoint import PackedLayout, float16_scale, header_bytes, write_checkpoint
+from sensitivity.formats.writing.checkpoint import PackedLayout, bytes_beside_tensors, float16_scale, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
@@ -40,7 +40,7 @@ def write(job: Job, folder: Path) -> Written:
         "transformers' own GPTQ loader takes one width for all; mixed widths need GPTQModel, whose definitions cover "
         "the language model of most families and leave vision and connector alone.",
     ]
-    return Written(load=LOAD, bytes=weight, hashes=hashes, headers=header_bytes(folder, weight), notes=notes)
+    return Written(load=LOAD, bytes=weight, hashes=hashes, headers=bytes_beside_tensors(folder, weight), notes=notes)
 
 
 def checkpoint_format(job: Job) -> str:

@@ -66,7 +66,7 @@ class ContextParams(Structure):
     ]  # fmt: skip
 
 
-class Batch(Structure):
+class LlamaBatch(Structure):
     """llama_batch: tokens or their embeddings, their positions, and at which of them logits are computed."""
 
     _fields_ = [
@@ -110,7 +110,7 @@ FUNCTIONS = {
     "llama_free": (None, (c_void_p,)),
     "llama_get_memory": (c_void_p, (c_void_p,)),
     "llama_memory_clear": (None, (c_void_p, c_bool)),
-    "llama_decode": (c_int32, (c_void_p, Batch)),
+    "llama_decode": (c_int32, (c_void_p, LlamaBatch)),
     "llama_get_logits_ith": (POINTER(c_float), (c_void_p, c_int32)),
     "mtmd_helper_log_set": (None, (LOG, c_void_p)),
     "mtmd_default_marker": (c_char_p, ()),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sensitivity.formats.gguf.exporter import FILES
 from sensitivity.formats.gguf.image_bytes import as_bytes
-from sensitivity.formats.gguf.library import F32, FLASH_OFF, IMAGE, Batch, Text, xllamacpp_library
+from sensitivity.formats.gguf.library import F32, FLASH_OFF, IMAGE, LlamaBatch, Text, xllamacpp_library
 from sensitivity.formats.gguf.names import QWEN, TILED
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, Array
 from sensitivity.formats.halved.model import HalvedModel
@@ -154,7 +154,7 @@ class GGUFModel(HalvedModel):
     ) -> None:
         """Let llama.cpp read tokens, or the features of an image."""
         pos, flags = positions.astype(np.int32), wanted.astype(np.int8)
-        batch = Batch(n_tokens=len(wanted), pos=pos.ctypes.data_as(POINTER(c_int32)))
+        batch = LlamaBatch(n_tokens=len(wanted), pos=pos.ctypes.data_as(POINTER(c_int32)))
         batch.logits = flags.ctypes.data_as(POINTER(c_int8))
         values = np.array(token, np.int32) if embd is None else np.ascontiguousarray(embd, np.float32)
         if embd is None:

@@ -8,7 +8,7 @@ from typing import TypedDict
 import numpy as np
 from scipy import stats
 
-from sensitivity.formats.timing.timed_process import Round, Stage
+from sensitivity.formats.timing.timed_process import Round, TimedStage
 from sensitivity.study.scores import CONFIDENCE
 
 FEWEST = 6  # the range of at least this many values contains the true median with 95 % confidence
@@ -25,13 +25,13 @@ class Interval(TypedDict):
 
 
 # name of a stage -> that stage of a round
-STAGES: dict[str, Callable[[Round], Stage]] = {
+STAGES: dict[str, Callable[[Round], TimedStage]] = {
     "image": lambda one: one.image,
     "prompt token": lambda one: one.prompt,
     "new token": lambda one: one.new,
 }
 # name of a clock -> milliseconds of a stage, per image or per token
-CLOCKS: dict[str, Callable[[Stage], float]] = {
+CLOCKS: dict[str, Callable[[TimedStage], float]] = {
     "ms": lambda stage: 1e3 * stage.wall / stage.count,
     "CPU ms": lambda stage: 1e3 * stage.cpu / stage.count,
 }

@@ -44,7 +44,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Stage:
+class TimedStage:
     """One stage of an answer: its wall-clock and CPU seconds, and its number of images or tokens."""
 
     wall: float
@@ -56,9 +56,9 @@ class Stage:
 class Round:
     """One answer: its images, then its prompt, then tokens one by one."""
 
-    image: Stage
-    prompt: Stage
-    new: Stage
+    image: TimedStage
+    prompt: TimedStage
+    new: TimedStage
     image_tokens: int  # per image
 
 
@@ -87,7 +87,7 @@ class TimedModel:
     def round(self, number: int) -> Round:
         """Time one answer; its prompt is the example of that number."""
         found = self._ask(number)["round"]
-        image, prompt, new = (Stage(**cast(dict[str, int], found[name])) for name in ("image", "prompt", "new"))
+        image, prompt, new = (TimedStage(**cast(dict[str, int], found[name])) for name in ("image", "prompt", "new"))
         return Round(image, prompt, new, cast(int, found["image_tokens"]))
 
     def memory(self) -> Memory | None:
@@ -285,7 +285,7 @@ def answered(model: HalvedModel, inputs: Mapping[str, Tensor], between: Callable
     ended()
     images = model.image_count(inputs)
     counts = (images, len(ids), NEW_TOKENS)
-    image, prompt, new = (Stage(wall, cpu, count) for (wall, cpu), count in zip(spent, counts, strict=True))
+    image, prompt, new = (TimedStage(wall, cpu, count) for (wall, cpu), count in zip(spent, counts, strict=True))
     return Round(image, prompt, new, len(features) // images)
 
 

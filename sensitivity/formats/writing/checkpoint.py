@@ -70,7 +70,7 @@ def save(folder: Path, name: str, content: object) -> None:
     (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def header_bytes(folder: Path, weight: Mapping[str, int]) -> int:
+def bytes_beside_tensors(folder: Path, weight: Mapping[str, int]) -> int:
     """The bytes of the safetensors files that are not tensors."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) - sum(weight.values())
 

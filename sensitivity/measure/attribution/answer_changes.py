@@ -15,7 +15,7 @@ from sensitivity.models.vlm import VLM
 
 
 @dataclass(frozen=True)
-class Change:
+class PredictionChange:
     """What differs from the float model: means over the tokens of a right answer, summed over examples."""
 
     divergence: float  # Kullback-Leibler, of the changed model's next-token probabilities from the float model's
@@ -33,7 +33,7 @@ class AnswerChanges:
             self.log_probabilities.append(predicted.float().cpu())
             self.loss -= float(predicted.gather(-1, targets[..., None]).mean(1).sum())
 
-    def now(self) -> Change:
+    def now(self) -> PredictionChange:
         """How the answers of the model differ at this moment, from one forward pass over the data."""
         divergence = loss = 0.0
         for unchanged, (predicted, targets) in zip(self.log_probabilities, self._predictions(), strict=True):
@@ -42,9 +42,9 @@ class AnswerChanges:
             each = torch.where(before.isfinite(), before.exp() * (before - predicted), 0.0).sum(-1)
             divergence += float(each.mean(1).sum())
             loss += float((before - predicted).gather(-1, targets[..., None]).mean(1).sum())
-        return Change(divergence, loss)
+        return PredictionChange(divergence, loss)
 
-    def under(self, changed: AbstractContextManager[object]) -> Change:
+    def under(self, changed: AbstractContextManager[object]) -> PredictionChange:
         """How the answers differ while a context manager changes the model."""
         with changed:
             return self.now()

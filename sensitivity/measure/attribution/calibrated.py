@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from sensitivity.measure.attribution.answer_changes import AnswerChanges, Change
+from sensitivity.measure.attribution.answer_changes import AnswerChanges, PredictionChange
 from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.gradients.backward import in_rows_that_fit
@@ -101,10 +101,10 @@ class Calibrated:
         return in_rows_that_fit(self.vlm, self.data, partial(AnswerChanges, self.vlm), ROWS)
 
     @cached_property
-    def one_at_a_time(self) -> dict[str, dict[Scheme, Change]]:
+    def one_at_a_time(self) -> dict[str, dict[Scheme, PredictionChange]]:
         """How the answers change with one component quantized, by component and scheme; a forward pass for each."""
         self.answers  # noqa: B018 - computed on the float model, before any component is quantized
-        found: dict[str, dict[Scheme, Change]] = {}
+        found: dict[str, dict[Scheme, PredictionChange]] = {}
         for name in self.parts.names:
             memory, plans = WeightCodes(), [self.alone(name, scheme) for scheme in self.schemes]
             prepare(self.vlm.model, self.parts, plans, memory, self.statistics)  # all widths of a layer at once

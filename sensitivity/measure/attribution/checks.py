@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from sensitivity.measure.attribution.answer_changes import Change
+from sensitivity.measure.attribution.answer_changes import PredictionChange
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import PREDICTS, Attribution
 from sensitivity.measure.install.plan_in_model import quantized
@@ -43,7 +43,7 @@ class Checks:
 def check_scores(calibrated: Calibrated, scores: Sequence[Attribution], count: int, seed: int = 0) -> Checks:
     """Run random plans of various widths on the calibration data, and compare them with the sums of scores."""
     answers = calibrated.answers
-    truth: list[tuple[Plan, Change]] = []
+    truth: list[tuple[Plan, PredictionChange]] = []
     began = time.process_time()
     answers.now()
     seconds = time.process_time() - began
@@ -68,7 +68,7 @@ def random_plans(calibrated: Calibrated, count: int, seed: int) -> list[Plan]:
     return list(plans)
 
 
-def _compared(calibrated: Calibrated, score: Attribution, truth: Sequence[tuple[Plan, Change]]) -> Check:
+def _compared(calibrated: Calibrated, score: Attribution, truth: Sequence[tuple[Plan, PredictionChange]]) -> Check:
     """Compare a score's sums with the changes that plans made."""
     sums = [sum(score.scores[name][scheme] for name, scheme in plan.schemes if scheme is not None) for plan, _ in truth]
     real = [change.divergence for _, change in truth]

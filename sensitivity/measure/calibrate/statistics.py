@@ -14,7 +14,7 @@ from sensitivity.measure.calibrate.blockwise import Installed
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears
-from sensitivity.quantize.methods import UNIFORM, importance_of, method_of, needs_both_paths, needs_fisher
+from sensitivity.quantize.methods import UNIFORM, method_of, needs_both_paths, needs_fisher, token_weighting
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.plan import Scheme, Setting
@@ -50,7 +50,7 @@ def by_importance(
     """
     kinds: dict[str, list[Scheme]] = {}
     for scheme in sorted(schemes, key=str):
-        kinds.setdefault(importance_of(scheme), []).append(scheme)
+        kinds.setdefault(token_weighting(scheme), []).append(scheme)
     for kind, alike in sorted(kinds.items()):
         curvature = curvatures.get(kind)
         yield replace(linears, curvature=curvature), alike
@@ -93,7 +93,7 @@ class Statistics:
         for name, schemes in schemes_of.items():
             for scheme in schemes:
                 if method_of(scheme).calibrated:
-                    kinds.setdefault(importance_of(scheme), set()).add(name)
+                    kinds.setdefault(token_weighting(scheme), set()).add(name)
         for kind, names in sorted(kinds.items()):
             if kind != UNIFORM and kind not in self.weighted:
                 raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sensitivity.measure.install.tweaked_norms import PASSES as TWEAKING_PASSES
 from sensitivity.measure.passes.token_batches import ROWS
-from sensitivity.quantize.methods import UNIFORM, importance_of, needs_data, needs_fisher
+from sensitivity.quantize.methods import UNIFORM, needs_data, needs_fisher, token_weighting
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import TWEAK, Plan, Scheme
 
@@ -33,7 +33,7 @@ def calibration_seconds(
     which all tokens count alike, and from the gradient of the loss.
     """
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
-    kinds = {importance_of(scheme) for scheme in calibrated}
+    kinds = {token_weighting(scheme) for scheme in calibrated}
     path = str(calibrated[0].get("path", "float")) if calibrated else "float"
     passes = len(kinds | ({UNIFORM} if scoring else set())) * (1 if path == "float" else plans)
     backward = sum(PASSES[name] for name in {OBSERVED[kind] for kind in kinds if kind in OBSERVED})

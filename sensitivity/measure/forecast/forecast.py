@@ -24,7 +24,7 @@ from sensitivity.measure.shards import MAX_IMAGES, shard_ends
 from sensitivity.models.loading import device_of, dtype_of
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import importance_of, needs_data, weights_of
+from sensitivity.quantize.methods import needs_data, token_weighting, weights_of
 from sensitivity.spec.components import PARTS, ComponentMap
 from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
 from sensitivity.spec.sizes import GB, bytes_in_words
@@ -115,7 +115,7 @@ def forecast_sweep(
         **calibration_seconds(used, calibration, forward, products, len(plans), scoring),
         "tweaking norms": tweaking_seconds(parts, plans, calibration, forward),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes)
-        + len({importance_of(scheme) for scheme in calibrated})
+        + len({token_weighting(scheme) for scheme in calibrated})
         * sum(hardware.factorizing(w.cols) for w in inputs.values()),
         "running": sum(_running(*both, runs, len(plans)) for both in zip(samples, passes, strict=True)),
         "rounding": rounding_seconds(parts, plans, samples, hardware, plain),

@@ -17,7 +17,7 @@ from sensitivity.measure.memory.own_weights import OwnWeights
 from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
-from sensitivity.quantize.methods import UNIFORM, importance_of, method_of, needs_data, needs_fisher, weights_of
+from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, token_weighting, weights_of
 from sensitivity.quantize.run_time.settings import needs_run_time_data, smooths_cache
 from sensitivity.quantize.solving import fake_quantize, solve
 from sensitivity.spec.components import ComponentMap, Weight
@@ -111,7 +111,7 @@ class Quantizer:
             if self.on_disk is not None and plain:
                 for linears, alike in by_importance(self._linears(shared, plain), plain, {}):
                     device = linears.weights[0].device
-                    if known := self.on_disk.statistics_hash(shared, importance_of(alike[0]), device):
+                    if known := self.on_disk.statistics_hash(shared, token_weighting(alike[0]), device):
                         cached = self.on_disk.load(linears, known, alike)
                         self._remember(linears, cached)
                         found |= set(cached)
@@ -149,7 +149,7 @@ class Quantizer:
     def _solved(self, shared: str, linears: Linears, schemes: Sequence[Scheme]) -> dict[Scheme, Sequence[CachedWeight]]:
         """The quantized weights for each scheme; those with statistics come from the cache on disk if it has them."""
         disk = self.on_disk if linears.curvature is not None else None
-        statistics_hash = "" if disk is None else disk.hash_statistics(shared, importance_of(schemes[0]), linears)
+        statistics_hash = "" if disk is None else disk.hash_statistics(shared, token_weighting(schemes[0]), linears)
         found = {} if disk is None else disk.load(linears, statistics_hash, schemes)
         missing = [scheme for scheme in schemes if scheme not in found]
         solved: dict[Scheme, Sequence[CachedWeight]] = {}

@@ -66,7 +66,7 @@ def folder_card(study: Study, out: Path, rows: int, files: Mapping[str, str]) ->
 def write_rows(study: Study, out: Path, each_example: bool) -> tuple[list[str], int]:
     """Write the table alone; return its columns and the number of rows."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    frames = tidy.example_rows(study) if each_example else iter([tidy.trials(study)])
+    frames = tidy.rows_of_examples(study) if each_example else iter([tidy.trials(study)])
     first = next(frames)  # raises an error where there is nothing to write
     columns = list(first.columns)
 

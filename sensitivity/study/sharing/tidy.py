@@ -94,7 +94,7 @@ def _of_task(shared: pd.DataFrame, table: pd.DataFrame, task: str) -> pd.DataFra
     return rows[rows["score"].notna()]
 
 
-def example_rows(study: Study) -> Iterator[pd.DataFrame]:
+def rows_of_examples(study: Study) -> Iterator[pd.DataFrame]:
     """One row per plan and example: a frame for each plan, since all of them together may not fit in memory."""
     asked, has_answers = read_questions(study.path, study.meta), False
     for trial in study.measured():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, OBJECT, TEXT, Misfit, check, quoted
+from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, OBJECT, TEXT, InvalidValue, check, quoted
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw
 from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
 from sensitivity.tasks.scoring import vqa_accuracy
@@ -30,7 +30,7 @@ def _rows(source: DatasetFolder, part: str) -> Iterator[Example | Flaw]:
     """One example per question."""
     every = source.json(QUESTIONS.format(part))
     if not isinstance(every, dict):
-        raise Misfit(f"the questions should be an object, not {quoted(every)}")
+        raise InvalidValue(f"the questions should be an object, not {quoted(every)}")
     for name, question in every.items():
         check(question, QUESTION, MORE, "an entry")
         image, answer = question["imageId"], (question.get("answer") or "").strip()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, OBJECT, TEXT, Misfit, check, list_of
+from sensitivity.spec.fields import ANY_TEXT, FILE_INSIDE, OBJECT, TEXT, InvalidValue, check, list_of
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, checked_records
 from sensitivity.tasks.examples.images import open_image, why_unusable
 from sensitivity.tasks.examples.types import SHORT_ANSWER, Example, Task
@@ -119,7 +119,7 @@ def _damaged(source: DatasetFolder, labels: Path, images: Path) -> Iterator[Exam
         buildings = check(features, {"xy": list_of(OBJECT, 0)}, {}, f"the buildings of {name}")["xy"]
         subtypes = {_subtype(one) for one in buildings}
         if strange := subtypes - {*DAMAGE, "un-classified", None}:
-            raise Misfit(f"{name} has the damage {' and '.join(sorted(map(str, strange)))}")
+            raise InvalidValue(f"{name} has the damage {' and '.join(sorted(map(str, strange)))}")
         if damages := [kind for kind in DAMAGE if kind in subtypes]:
             first, second = (images / f"{name}_{when}_disaster.png" for when in ("pre", "post"))
             any_damage = "no" if damages == ["no-damage"] else "yes"

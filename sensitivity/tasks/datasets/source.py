@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import Kind, Misfit, check, content, not_a_file, parsed, quoted, read, shortened
+from sensitivity.spec.fields import InvalidValue, Kind, check, content, not_a_file, parsed, quoted, read, shortened
 from sensitivity.tasks.examples import images
 from sensitivity.tasks.examples.types import Example, Metric, Task
 from sensitivity.tasks.examples.videos import Frame
@@ -77,7 +77,7 @@ class DatasetFolder:
         path = self.file(name)
         try:
             content = read(path)
-        except Misfit as error:
+        except InvalidValue as error:
             raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
         if keys and not (isinstance(content, dict) and set(keys) <= set(content)):
             raise UserError(f"{path} is not of the {self.name} layout: it has no {' or '.join(keys)}; {self.get}")
@@ -92,7 +92,7 @@ class DatasetFolder:
         path = self.file(name)
         try:
             text = content(path).decode("utf-8-sig")
-        except (Misfit, UnicodeDecodeError) as error:
+        except (InvalidValue, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path} as JSON ({error}); {self.get}") from error
         start = re.search(rf'"{key}"\s*:\s*\[', text)
         if start is None:
@@ -116,7 +116,7 @@ class DatasetFolder:
                 if line.strip():
                     try:
                         yield check(parsed(line), {})
-                    except Misfit as error:
+                    except InvalidValue as error:
                         raise UserError(f"{path}, line {number} is not a JSON object ({error}); {self.get}") from error
 
     def part(self, split: str, names: Sequence[str] = ("",), files: Sequence[str] = ()) -> Part:
@@ -156,7 +156,7 @@ class DatasetFolder:
                     flaws.append(row)
                 elif part.contains(row.cluster):
                     usable.append(row)
-        except Misfit as error:
+        except InvalidValue as error:
             why = f"{self.name} in {self.folder} is not of the official layout: {error}; {self.get}"
             raise UserError(why) from error
         notes = [*part.note, *self.flaw_notes(flaws, len(flaws) + len(usable))]
@@ -207,7 +207,7 @@ def checked_records(
         for entry in entries:
             yield check(entry, required, optional, what)
     else:
-        raise Misfit(f"{what} should be a list, not {quoted(entries)}")
+        raise InvalidValue(f"{what} should be a list, not {quoted(entries)}")
 
 
 def _named(example: Example) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.spec.fields import MISSING, Misfit, not_a_file
+from sensitivity.spec.fields import MISSING, InvalidValue, not_a_file
 from sensitivity.tasks.examples import videos
 from sensitivity.tasks.examples.types import ImageSource
 
@@ -35,7 +35,7 @@ def why_unusable(image: NDArray[np.uint8] | ImageSource) -> str | None:
         return None if _is_complete(image) else "a truncated image"
     except Image.DecompressionBombError:
         return "an image of more pixels than Pillow opens"
-    except Misfit:
+    except InvalidValue:
         return "an image far longer than wide"
     except FileNotFoundError:  # the rows of a saved data set may name image files elsewhere
         return "no image file"
@@ -92,12 +92,12 @@ def opened_image(source: ImageSource) -> Iterator[Image.Image]:
     Anything but a regular file is refused, since opening a pipe could wait forever.
     """
     if isinstance(source, Path) and (trouble := not_a_file(source)):
-        raise FileNotFoundError(source) if trouble == MISSING else Misfit(trouble)
+        raise FileNotFoundError(source) if trouble == MISSING else InvalidValue(trouble)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow raises an error at twice that size
         with Image.open(image_stream(source)) as image:
             if max(image.size) > MAX_ASPECT * min(image.size):
-                raise Misfit(f"it is {image.width} by {image.height} pixels, and {MAX_ASPECT} to 1 is the most")
+                raise InvalidValue(f"it is {image.width} by {image.height} pixels, and {MAX_ASPECT} to 1 is the most")
             yield image
 
 

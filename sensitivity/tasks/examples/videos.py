@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.fields import MISSING, Misfit, not_a_file
+from sensitivity.spec.fields import MISSING, InvalidValue, not_a_file
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -50,7 +50,7 @@ class Frame:
             return "no video file" if trouble == MISSING else f"no video file: {trouble}"
         try:
             self.read_bytes()
-        except Misfit as error:
+        except InvalidValue as error:
             return f"a video without pictures ({error})"
         except Exception:  # each of the decoders has errors of its own
             return "a video that cannot be read"
@@ -73,7 +73,7 @@ def _frames(file: Path, count: int) -> tuple[bytes, ...]:
 
     with av.open(str(file)) as container:
         if not container.streams.video:
-            raise Misfit("it has sound only")
+            raise InvalidValue("it has sound only")
         shown = list(_middle_frames(container, container.streams.video[0], count))
     images = []
     for frame in shown:
@@ -88,7 +88,7 @@ def _middle_frames(container: InputContainer, stream: VideoStream, count: int) -
     """The frames that a player shows in the middle of each of `count` equally long parts."""
     first, last = _times(container, stream)
     if (tick := stream.time_base) is None:
-        raise Misfit("it does not say when its frames are shown")
+        raise InvalidValue("it does not say when its frames are shown")
     for number in range(count):
         at = first + (last - first) * (number + 0.5) / count
         container.seek(int(at / tick), stream=stream)  # to the last key frame before it
@@ -98,7 +98,7 @@ def _middle_frames(container: InputContainer, stream: VideoStream, count: int) -
                 break
             before = frame
         if before is None:
-            raise Misfit("it has no frame")
+            raise InvalidValue("it has no frame")
         yield before
 
 
@@ -109,7 +109,7 @@ def _times(container: InputContainer, stream: VideoStream) -> tuple[float, float
         return first, first + float(stream.duration * stream.time_base)
     times = [frame.time or 0.0 for frame in container.decode(stream)]
     if not times:
-        raise Misfit("it has no frame")
+        raise InvalidValue("it has no frame")
     return times[0], times[-1] + (times[-1] - times[0]) / max(len(times) - 1, 1)
 
 

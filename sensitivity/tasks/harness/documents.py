@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.spec.fields import Misfit, quoted
+from sensitivity.spec.fields import InvalidValue, quoted
 from sensitivity.tasks.datasets.source import DatasetFolder, Flaw, Part, Record
 from sensitivity.tasks.examples.types import Example
 from sensitivity.tasks.harness.loading import Docs, LibraryTask, quiet
@@ -118,7 +118,7 @@ def _example(documents: Documents, number: int, cluster: str, kind_of: str | Non
     content = documents.content(doc)
     images = _images_of(content)
     if not images:
-        raise Misfit("it shows none")
+        raise InvalidValue("it shows none")
     documents.keep(number, images)
     for image in images:
         image.load()
@@ -149,7 +149,7 @@ def _images_of(content: Sequence[Mapping[str, object]]) -> tuple[Image.Image, ..
     for one in content:
         if one["type"] == "image":
             if not isinstance(image := one["url"], Image.Image):
-                raise Misfit(f"{quoted(image)} is no image")
+                raise InvalidValue(f"{quoted(image)} is no image")
             images.append(image)
     return tuple(images)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from PIL import ImageFile
 
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.spec.fields import Misfit
+from sensitivity.spec.fields import InvalidValue
 from sensitivity.tasks.harness import task_files
 from sensitivity.tasks.harness.judges import JUDGE_MODULES, judge_of
 
@@ -235,12 +235,12 @@ def _check_folder(name: str, folder: Path, config: Mapping[str, object]) -> None
     needs = f"it takes what save_to_disk wrote of {config['dataset_path']}, with the split {split}"
     try:
         if not folder.is_dir():
-            raise Misfit("there is no such folder")
+            raise InvalidValue("there is no such folder")
         saved = datasets.load_from_disk(str(folder))
         if not isinstance(saved, datasets.DatasetDict) or split not in saved:
-            raise Misfit(f"it has {', '.join(saved) if isinstance(saved, datasets.DatasetDict) else 'no splits'}")
+            raise InvalidValue(f"it has {', '.join(saved) if isinstance(saved, datasets.DatasetDict) else 'no splits'}")
         if not len(saved[split]):
-            raise Misfit(f"the split {split} is empty")
+            raise InvalidValue(f"the split {split} is empty")
     except Exception as error:  # a folder may be damaged in many ways
         raise UserError(f"cannot read {folder} as the data of lmms-eval:{name} ({reason(error)}); {needs}") from error
 

@@ -12,8 +12,8 @@ from sensitivity.spec.fields import (
     FILE,
     NAME,
     TEXT,
+    InvalidValue,
     Kind,
-    Misfit,
     check,
     content,
     either,
@@ -155,14 +155,14 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[Record]:
     needs, right = (BOXES, "boxes") if boxes else (NEEDS, "answers")
     try:
         every = content(path).split(b"\n")  # not splitlines(): JSON may contain U+2028 and U+0085
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"cannot read {path}: {error}; {needs}") from error
     for number, line in enumerate(every, start=1):
         try:
             if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             fields = parsed(line)
-        except Misfit as error:
+        except InvalidValue as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}); {needs}") from error
         given = fields if isinstance(fields, dict) else {}
         shown = "video" if "video" in given else "image"
@@ -176,7 +176,7 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[Record]:
             raise UserError(f"{path}, line {number} has frames and no video; {VIDEO}")
         try:
             check(given, {shown: SHOWN[shown], **REQUIRED}, {**OPTIONAL, "frames": FRAMES})
-        except Misfit as error:
+        except InvalidValue as error:
             raise UserError(f"{path}, line {number}: {error}; {right_line}") from error
         yield {**given, "split": given.get("split"), "number": number}
 
@@ -190,7 +190,7 @@ def _example(path: Path, fields: Record, boxes: bool) -> Example:
             {**REQUIRED, **({"boxes": grounding.BOXES} if boxes else {"answers": ANSWERS})},
             {**OPTIONAL, "answers": ANSWERS},
         )
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"{line}: {error}; {needs}") from error
     given = fields.get("answers") or ()
     answers = (given,) if isinstance(given, str) else tuple(given)

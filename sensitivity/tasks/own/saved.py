@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sensitivity.spec.errors import UserError, reason
-from sensitivity.spec.fields import Misfit, content
+from sensitivity.spec.fields import InvalidValue, content
 from sensitivity.tasks.datasets import source
 
 NEEDS = (
@@ -46,7 +46,7 @@ class Cell:
         """The bytes of the image file, stored in the row or at a path that it names."""
         stored = self.rows[self.number]["image"]
         if not isinstance(stored, dict) or (stored["bytes"] is None and stored["path"] is None):
-            raise Misfit("there is no image")
+            raise InvalidValue("there is no image")
         return bytes(stored["bytes"]) if stored["bytes"] is not None else content(Path(stored["path"]))
 
     def resolve(self) -> str:
@@ -111,7 +111,7 @@ def _content_hash(cell: Cell) -> str:
     """
     try:
         return hashlib.sha256(cell.read_bytes()).hexdigest()[:16]
-    except (Misfit, OSError):
+    except (InvalidValue, OSError):
         return f"row-{cell.number}"
 
 

@@ -12,7 +12,7 @@ from sensitivity.spec.errors import UserError, shell_word
 
 if TYPE_CHECKING:
     from sensitivity.analysis.failures.changes import GivenAnswer
-    from sensitivity.analysis.failures.gallery import Gallery
+    from sensitivity.analysis.failures.gallery import FailureGallery
     from sensitivity.spec.plan import Plan
     from sensitivity.study.study import Study
 
@@ -128,7 +128,7 @@ def _plan(study: Study, key: str | None) -> Plan:
     return best[0]
 
 
-def _show(failures: Gallery) -> None:
+def _show(failures: FailureGallery) -> None:
     """Print a row for each change, and how many answers each part mends."""
     from sensitivity.study.counting import count
 
@@ -144,7 +144,7 @@ def _show(failures: Gallery) -> None:
         print(f"The cause is not measured for {count(failures.unexplained, 'answer')} that got worse{how}.")
 
 
-def _changes(failures: Gallery) -> None:
+def _changes(failures: FailureGallery) -> None:
     """Print a row for each change."""
     mended = [card.cause.words if card.cause else "" for card in failures.cards]
     has_causes = any(mended)
