@@ -152,7 +152,7 @@ def _constant(name: str) -> float:
 
 
 def content(file: Path, largest: int | None = None) -> bytes:
-    """The bytes of a regular file; Misfit if it has more than `largest`.
+    """The bytes of a regular file; InvalidValue if it has more than `largest`.
 
     A folder or a pipe is refused, too: reading a pipe may never end.
     """
