@@ -55,7 +55,7 @@ def traced(vlm: VLM) -> dict[str, Model]:
 
 
 def _in_own_process(model: str, files: dict[str, str]) -> None:
-    """Run `trace` in a process; if that crashes, some files are missing, and if it fails, an error is raised."""
+    """Run `write_graphs` in a process; if that crashes, some files are missing, and if it fails, an error is raised."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
         input=json.dumps({"model": model, "files": files}), capture_output=True, text=True,

@@ -48,7 +48,7 @@ def read_table(path: Path) -> pd.DataFrame:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = next(csv.reader(file), [])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # `numbers` reports text with its row
+            warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # `numbers_of` reports text with its row
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row that is longer than the header
             table = pd.read_csv(path, encoding="utf-8-sig", index_col=False)
     except OSError as error:
