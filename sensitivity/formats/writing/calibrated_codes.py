@@ -58,7 +58,7 @@ class CalibratedCodes:
 def codes(
     vlm: VLM, parts: ComponentMap, plan: Plan, statistics: Statistics, folding: bool = False
 ) -> Iterator[CalibratedCodes]:
-    """Inside the `with` block, compute codes of weights that are requested in data-flow order, as `write_checkpoint` does.
+    """Inside the block, compute codes of weights that are requested in data-flow order, as `write_checkpoint` does.
 
     On the exposed path, each block of layers is quantized inside the model before the next one is calibrated; at the
     end the model gets its own weights back. The codes of at most one block of layers are in memory. With `folding`, the
