@@ -40,9 +40,9 @@ def grid(levels: Sequence[int] = LEVELS, width: int = 3) -> np.ndarray:
 def observations(formula: Formula, noise: float = 0.0, seed: int = 0, levels: Sequence[int] = LEVELS) -> Observations:
     bits = grid(levels)
     score = formula(bits) + noise * np.random.default_rng(seed).standard_normal(len(bits))
-    nothing = np.full(len(bits), np.nan)
+    unknown = np.full(len(bits), np.nan)
     keys = tuple(str(row) for row in bits)
-    return Observations("planted", PARTS, bits, score, nothing, keys, nothing, ("codes",) * len(bits))
+    return Observations("planted", PARTS, bits, score, unknown, keys, unknown, ("codes",) * len(bits))
 
 
 def study(

@@ -35,9 +35,9 @@ TRUTHS = {
 
 
 def observations(score: np.ndarray, rows: np.ndarray) -> Observations:
-    nothing = np.full(len(rows), np.nan)
+    unknown = np.full(len(rows), np.nan)
     keys = tuple(str(row) for row in rows)
-    return Observations("planted", NAMES, BITS[rows], score, nothing, keys, nothing, ("codes",) * len(rows))
+    return Observations("planted", NAMES, BITS[rows], score, unknown, keys, unknown, ("codes",) * len(rows))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def mixed(score: Score, trials: int = 120, noise: float = 0.01) -> Observations:
     )
     values, nothing = score(bits, second) + noise * draw.standard_normal(trials), np.full(trials, np.nan)
     keys = tuple(plan.key for plan in plans)
-    return Observations("planted", planted.PARTS, bits, values, nothing, keys, nothing, ("mixed",) * trials, plans)
+    return Observations("planted", planted.PARTS, bits, values, unknown, keys, unknown, ("mixed",) * trials, plans)
 
 
 def widths_alone(bits: np.ndarray, second: np.ndarray) -> np.ndarray:
