@@ -32,7 +32,7 @@ def mixed(score: Score, trials: int = 120, noise: float = 0.01) -> Observations:
         )
         for row, others in zip(bits, second, strict=True)
     )
-    values, nothing = score(bits, second) + noise * draw.standard_normal(trials), np.full(trials, np.nan)
+    values, unknown = score(bits, second) + noise * draw.standard_normal(trials), np.full(trials, np.nan)
     keys = tuple(plan.key for plan in plans)
     return Observations("planted", planted.PARTS, bits, values, unknown, keys, unknown, ("mixed",) * trials, plans)
 
