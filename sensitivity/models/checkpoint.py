@@ -161,7 +161,7 @@ def shards_of(index: Path, name: str) -> list[Path]:
     """The weight files that an index names; a missing one is an error."""
     try:
         file_of = check(json_object(index, name), {"weight_map": WEIGHT_MAP})["weight_map"]
-    except Misfit as error:
+    except InvalidValue as error:
         raise UserError(f"{index.name} of {name} cannot be used: {error}; fetch it again") from error
     files = sorted({index.parent / file for file in file_of.values()})
     if missing := [shortened(file.name) for file in files if not_a_file(file) == MISSING]:

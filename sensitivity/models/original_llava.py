@@ -118,7 +118,7 @@ def _tower(tower: str, name: str) -> Config:
     try:
         config = json_object(model_folder(tower, config_only=True) / "config.json", tower)
         inside = check(config, {}, {"vision_config": OBJECT}).get("vision_config") or config
-    except (UserError, Misfit) as error:
+    except (UserError, InvalidValue) as error:
         why = f"{name} names the vision tower {tower} (mm_vision_tower), whose config.json cannot be read"
         raise UserError(f"{why} ({reason(error)})") from error
     known = CLIPVisionConfig().to_dict()

@@ -128,7 +128,7 @@ def shortened(text: str) -> str:
 def parsed(text: str | bytes) -> Any:
     """The value of a JSON text, with or without a byte-order mark.
 
-    Raises Misfit if the text is not JSON, holds NaN, or is nested beyond Python's recursion limit.
+    Raises InvalidValue if the text is not JSON, holds NaN, or is nested beyond Python's recursion limit.
     """
     try:
         plain = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
