@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.failures.changes import study_of
-from sensitivity.analysis.failures.gallery import Gallery, galleries
+from sensitivity.analysis.failures.gallery import FailureGallery, galleries
 from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
