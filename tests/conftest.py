@@ -34,6 +34,15 @@ def scenes_llava():  # type: ignore[no-untyped-def]
     return load("embedded:scenes-llava")
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not drawn, which takes half of a report: for tests of what its sentences say."""
+    from sensitivity.analysis.reporting import figures
+
+    monkeypatch.setattr(figures, "svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
+
+
 @pytest.fixture(scope="session")
 def published() -> Path:
     """The folder of published tables, which are not part of the repository."""

@@ -124,6 +124,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         assert window.run("return document.title").startswith(HOSTILE)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_budgets_several_methods_and_a_cliff(tmp_path: Path) -> None:
     def cliff(bits: np.ndarray) -> np.ndarray:
         return np.asarray(1.0 * (bits[:, 0] > 2) - 0.05 * planted.damage(bits[:, 2], 3))
@@ -145,6 +146,7 @@ def test_several_budgets_several_methods_and_a_cliff(tmp_path: Path) -> None:
     assert text.count("Predicted only: nothing was run to check it.") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_few_trials_and_no_recommendation(tmp_path: Path) -> None:
     rows = planted.grid((4, 16))[:3]
     study = planted.study(tmp_path / "few", {"a": planted.product}, rows=rows)
@@ -157,6 +159,7 @@ def test_few_trials_and_no_recommendation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("levels", [(3, 8), (8, 16)])
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_that_tells_nothing_says_so(levels: tuple[int, int], tmp_path: Path) -> None:
     rows = None if levels == (3, 8) else np.array([[16.0] * 3, [8.0] * 3])
     made = planted.study(tmp_path, {"vqa": lambda bits: np.zeros(len(bits))}, levels=levels, rows=rows)
@@ -168,6 +171,7 @@ def test_a_study_that_tells_nothing_says_so(levels: tuple[int, int], tmp_path: P
     assert min(ticks) < -0.01 < 0.01 < max(ticks)  # an axis, though all plans lie on one line
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_noise_is_reported_as_such(tmp_path: Path) -> None:
     study = planted.study(tmp_path / "noise", {"a": lambda bits: 0 * bits[:, 0]}, noise=1.0, levels=(2, 4, 8))
     assert "worse than the mean" in report(study, tmp_path / "out").read_text()
@@ -223,6 +227,7 @@ def test_in_a_browser(page: Path) -> None:
         assert window.picture().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_that_was_cut_off_is_written_again(study: Study, tmp_path: Path) -> None:
     """What a kill or a full disk left without its page is known by a mark; a folder without one is somebody else's."""
     out = tmp_path / "report"

@@ -177,6 +177,7 @@ def test_choices_that_were_never_timed_are_not_chosen(study: Study) -> None:
         spend(limited, 10**9, {"a": 1.0})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_says_what_bits_buy(tmp_path: Path) -> None:
     """A planted machine: two bits of the language model halve the time; the connector's change nothing."""
     study = Study.create(tmp_path / "rtn", FOUR, ["a"], {"model": "planted"})

@@ -72,9 +72,11 @@ OWN = {  # where a verb means something else by a flag
     ("plan", "--path"): "float", ("speculate", "--activation-bits"): "2,8",
 }  # fmt: skip
 GPTQ = ("--set", "--backend", "--calibration", "--calibration-n", "--path", "--cache-gb")
+FEW = " --calibration-n 4"  # or each command that is right would collect statistics of 128 examples
 BESIDE = {  # what a flag needs beside it, where it means nothing alone
-    **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep", "speculate") for flag in GPTQ},
-    **{(verb, flag): "--method gptq" for verb in ("inspect", "sweep") for flag in GPTQ},
+    **{("inspect", flag): "--method gptq" for flag in GPTQ},
+    **{(verb, flag): f"--method gptq{'' if flag == '--calibration-n' else FEW}"
+       for verb in ("sweep", "speculate") for flag in GPTQ},
     **{("recommend", f"--{name}"): "--runtime openvino" for name in ("ms-per-token", "ms-per-answer", "gb-resident")},
     ("sweep", "--prior"): "--search frontier",
     ("sweep", "--activation-scale"): "--activation-bits 8", ("sweep", "--cache-group"): "--cache-bits 4",
@@ -437,7 +439,14 @@ def run(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> tuple[int
 
 
 def everything(place: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_size for path in place.parent.rglob("*")}
+    found, folders = {}, [str(place.parent)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                found[entry.path] = entry.stat(follow_symlinks=False).st_size
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return found
 
 
 def refused(words: tuple[str, ...], there: Path, capsys: pytest.CaptureFixture[str]) -> str:

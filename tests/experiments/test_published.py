@@ -64,6 +64,7 @@ def test_a_dry_run_for_machines(folder: Path, capsys: pytest.CaptureFixture[str]
     assert found["total"]["seconds"] > 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_on_the_page_names_what_was_typed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["llava_awq_gqa", "--smoke", str(folder)])
     model, data, out = folder / "models" / "llava", folder / "data" / "gqa", folder / "typed"

@@ -211,6 +211,7 @@ def calibrated(scenes_llava: VLM, tmp_path_factory: pytest.TempPathFactory) -> t
     return sweep(scenes_llava, parts, [plan], ["vqa"], out, n=12, statistics=statistics), plan
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_exposed_path_is_measured_against_the_other_on_fresh_examples(
     calibrated: tuple[Study, Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -321,6 +321,7 @@ def stopped(scenes_llava: VLM, tmp_path_factory: pytest.TempPathFactory) -> Stud
     return study
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_study_can_be_ranked_and_recommends_and_says_what_it_rests_on(
     stopped: Study, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -450,6 +450,7 @@ def test_where_a_study_has_grown_the_old_recommendation_stays_and_the_new_one_is
         assert ("the same plan" if one.plan == was.plan else one.plan.describe()) in said
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_says_what_was_recommended_and_that_the_study_has_grown(table: Path) -> None:
     old = recommended(Study(table))[0]
     rows = planted.grid((3, 6))

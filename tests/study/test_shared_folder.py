@@ -33,6 +33,7 @@ def study(tmp_path: Path) -> Study:
     return answered.study(tmp_path / "secret" / "run", [task("vqa", n=30)], given, ["vqa"], n=30, plans=plans)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_others_choose_the_same_plans_without_the_model(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

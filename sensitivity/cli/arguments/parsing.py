@@ -16,8 +16,9 @@ from sensitivity.spec.errors import UserError
 def parser_of(verbs: Mapping[str, ModuleType], words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """A parser of these verbs, with the flags that all of them take.
 
-    With what was typed, only the verb that it names gets flags of its own: those of all verbs take a while to list.
+    With what was typed, only the verb that it names is there, if it names one: the flags of all take a while to list.
     """
+    named = {name: verb for name, verb in verbs.items() if words and name == words[0]}
     common = Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error, and libraries' warnings")
@@ -29,12 +30,12 @@ def parser_of(verbs: Mapping[str, ModuleType], words: Sequence[str] | None = Non
         epilog="example: sensitivity demo",
     )
     choices = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, verb in verbs.items():
+    for name, verb in (named or verbs).items():
         described = f"{verb.ABOUT[0].upper()}{verb.ABOUT[1:]}."
         verb_parser = choices.add_parser(
             name, parents=[common], help=verb.ABOUT, description=described, epilog=f"example: {verb.EXAMPLE}"
         )
-        if words is None or name in words[:1]:
+        if named or words is None:
             verb.arguments(verb_parser)
     return top
 

@@ -88,5 +88,5 @@ def _run_line(line: str, args: argparse.Namespace) -> dict[str, object]:
         print(f"\n$ sensitivity {line}")
     passed_on = [flag for flag, on in (("--json", args.json), ("--debug", args.debug)) if on]
     words = [*shlex.split(line), *passed_on, *(["--threads", str(args.threads)] if args.threads else [])]
-    parsed = parser_of(STEPS).parse_args(words, argparse.Namespace(argv=words))
+    parsed = parser_of(STEPS, words).parse_args(words, argparse.Namespace(argv=words))
     return run_verb(STEPS[parsed.verb], parsed)
