@@ -43,6 +43,14 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "png", lambda figure: b"")
 
 
+@pytest.fixture
+def briefly_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forecast times each operation for a millisecond, not for 50: for tests of what it counts and says."""
+    from sensitivity.measure.forecast import hardware
+
+    monkeypatch.setattr(hardware, "SECONDS_PER_MEASUREMENT", 0.001)
+
+
 @pytest.fixture(scope="session")
 def published() -> Path:
     """The folder of published tables, which are not part of the repository."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import small_vlms as small
@@ -191,6 +194,7 @@ def gemma3() -> Made:
     return Made(model, tokenizer, pictures, "Gemma3Processor", {"image_seq_length": 4}, template)
 
 
+_FOLDER = TemporaryDirectory()  # of models that were saved once, until this process ends
 BUILDERS: dict[str, Callable[[], Made]] = {
     f.__name__: f
     for f in (
@@ -210,6 +214,15 @@ BUILDERS: dict[str, Callable[[], Made]] = {
 
 
 def save(name: str, folder: Path) -> Path:
+    """A folder with the model of that name, for the test alone: what it changes in it, no other sees."""
+    shutil.copytree(_saved_once(name), folder, dirs_exist_ok=True)
+    torch.manual_seed(0)  # what is drawn next is the same, whether the model was made now or before
+    return folder
+
+
+@cache
+def _saved_once(name: str) -> Path:
+    folder = Path(_FOLDER.name, name)
     torch.manual_seed(0)
     made = BUILDERS[name]()
     for parameter in made.model.parameters():  # some families start at zero

@@ -134,6 +134,7 @@ def test_what_moved_each_number_of_a_box(folder: Path, capsys: pytest.CaptureFix
     assert sum(one["change"] for one in found["boxes"].values()) == pytest.approx(found["change"], rel=0.2)
 
 
+@pytest.mark.usefixtures("briefly_timed")
 def test_a_forecast_counts_scores_and_both_kinds_of_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, _ = run(capsys, f"{PLAN} --out {folder / 'forecast'} --dry-run")
     assert found["seconds"]["gradients"] > 0

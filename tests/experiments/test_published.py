@@ -48,6 +48,7 @@ def test_a_study_runs_small_from_end_to_end(name: str, folder: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("name", ["blip2_awq_flickr", "geochat_grounding", "llava_gptq_gqa"])
+@pytest.mark.usefixtures("briefly_timed")
 def test_a_dry_run_predicts_a_study_and_writes_nothing(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,6 +58,7 @@ def test_a_dry_run_predicts_a_study_and_writes_nothing(
     assert not (folder / "dry").exists()
 
 
+@pytest.mark.usefixtures("briefly_timed")
 def test_a_dry_run_for_machines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["blip2_uniform_coco", "--smoke", str(folder), "--dry-run", "--json"])
     found = json.loads(capsys.readouterr().out)

@@ -135,6 +135,7 @@ def apart(folder: Path, tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.usefixtures("briefly_timed")
 def test_a_base_model_that_is_not_there_can_be_named_behind_an_at(
     apart: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

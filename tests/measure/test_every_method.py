@@ -70,6 +70,7 @@ def test_what_no_runtime_holds_is_refused_with_a_way_out(name: str, prepared: Pr
 
 
 @pytest.mark.parametrize("name", few([*METHODS, *PRESETS], ["rtn", "gptq", "vlm-ptq", "squeezellm", "qvlm"]))
+@pytest.mark.usefixtures("briefly_timed")
 def test_each_has_a_forecast(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before any weight is loaded, so that nothing can be calibrated."""
     words = f"sweep {MODEL} --bits {width_of(name)} --method {name} --n 8 --dry-run --out {tmp_path / 'out'}"

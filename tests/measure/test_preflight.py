@@ -124,6 +124,7 @@ def test_runs_are_counted_as_plans_share_their_beginnings(folder: Path) -> None:
     assert _runs(parts, [Plan.uniform(parts, None)]) == {"vision": 1, "connector": 1, "language": 1}
 
 
+@pytest.mark.usefixtures("briefly_timed")
 def test_no_weights_are_needed(tmp_path: Path, folder: Path) -> None:
     models.save("llava", tmp_path / "llava")
     (tmp_path / "llava" / "model.safetensors").unlink()
@@ -172,6 +173,7 @@ def test_the_probe_measures_each_shape_once_and_more_work_takes_longer(scenes_ll
     assert probe.flops > 1e8
 
 
+@pytest.mark.usefixtures("briefly_timed")
 def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "sweep",

@@ -56,8 +56,8 @@ def assert_ended_alike(fast: Study, plain: Study, plans: Sequence[Plan]) -> None
 def test_the_fast_path_equals_the_plain_one(scenes_llava: VLM, tmp_path: Path) -> None:
     parts, plans = plans_for(scenes_llava)
     some, tasks = plans[:: len(plans) // 6], ["vqa", "ground"]
-    fast = sweep(scenes_llava, parts, some, tasks, tmp_path / "fast", n=25)
-    plain = sweep(scenes_llava, parts, some, tasks, tmp_path / "plain", n=25, plain=True)
+    fast = sweep(scenes_llava, parts, some, tasks, tmp_path / "fast", n=15)
+    plain = sweep(scenes_llava, parts, some, tasks, tmp_path / "plain", n=15, plain=True)
     for plan in some:
         ours, theirs = fast.examples(plan), plain.examples(plan)
         assert ours is not None
@@ -198,8 +198,8 @@ def test_the_program_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     program = text.split("```python\n")[1].split("```")[0]
     shorter = program.replace("bits=(2, 3, 4, 6, 8)", "bits=(1, 8)")  # 9 plans: with fewer than 8, nothing is ranked
-    shorter = shorter.replace('tasks=["vqa"],', 'tasks=["vqa"], n=60,')
-    assert shorter.count("n=60") == shorter.count("(1, 8)") == 1
+    shorter = shorter.replace('tasks=["vqa"],', 'tasks=["vqa"], n=24,')
+    assert shorter.count("n=24") == shorter.count("(1, 8)") == 1
     monkeypatch.chdir(tmp_path)
     exec(compile(shorter, "README.md", "exec"), {})
     out = tmp_path / "runs" / "demo-api"

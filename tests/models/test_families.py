@@ -176,7 +176,7 @@ def test_right_answers_are_found_right_by_both_paths(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("which", ["none", "another", "two", "penalty", "start"])
 def test_answers_end_where_generation_ends_them(name: str, which: str, tmp_path: Path) -> None:
     """BLIP-2 generates by the configuration of the model inside it."""
-    vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path)
+    vlm, asked = talkative(name, tmp_path / name), asked_of_many_sizes(tmp_path, 6)
     words = vlm.processor.tokenizer
     said = words(evaluate(vlm, asked, plain=True)["answer"][0], add_special_tokens=False)["input_ids"]
     inner = getattr(vlm.model, "language_model", vlm.model) if name != "llava" else vlm.model

@@ -109,6 +109,7 @@ def test_splits_that_are_named_are_kept_and_few_images_are_not_divided(tmp_path:
         task(few, "calibration")
 
 
+@pytest.mark.usefixtures("briefly_timed")
 def test_a_calibrated_method_takes_one_file_and_says_what_is_left_out(
     scenes_llava: VLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
