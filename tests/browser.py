@@ -63,9 +63,32 @@ class Page:
         return base64.b64decode(self.send("/screenshot"))
 
 
+_started = contextlib.ExitStack()  # ends what was started: see `close`
+_window: list[Page] = []
+
+
 @contextlib.contextmanager
 def browser() -> Iterator[Page]:
-    """A page, or a skipped test that says what is missing."""
+    """The window of the one browser of this process, as if it were new; a skipped test says what is missing."""
+    if not _window:
+        _window.append(_started.enter_context(_browser()))
+    (window,) = _window
+    window.send("/url", {"url": "about:blank"})
+    window.devtools("Emulation.clearDeviceMetricsOverride")
+    window.devtools("Emulation.setEmulatedMedia", media="", features=[])
+    window.resize(1100, 900)
+    window.send("/se/log", {"type": "browser"})  # what was logged before is not said again
+    yield window
+
+
+def close() -> None:
+    """End the browser, if there is one."""
+    _window.clear()
+    _started.close()
+
+
+@contextlib.contextmanager
+def _browser() -> Iterator[Page]:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
     if not chromium or not driver:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """The browser that tests share ends with them."""
+    if "browser" in sys.modules:
+        sys.modules["browser"].close()
 
 
 @pytest.fixture(scope="session")
