@@ -41,6 +41,7 @@ def commands(page: Path) -> Iterator[str]:
     yield from (one for one in code(page) if re.match(r"sensitivity [a-z]+ .*--", one))
 
 
+@cache
 def options() -> set[str]:
     """Every option of every verb."""
     choices = next(action.choices for action in parser_of(VERBS)._actions if isinstance(action.choices, dict))

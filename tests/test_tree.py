@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name in NAMES)
 
 
-GRAPH = {name: set(imports(path)) - {name} for name, path in NAMES.items()}
+@cache
+def graph() -> dict[str, set[str]]:
+    return {name: set(imports(path)) - {name} for name, path in NAMES.items()}
 
 
 def room(name: str) -> str:
@@ -97,7 +100,7 @@ def test_no_folder_is_crowded() -> None:
 def test_imports_run_along_the_order(name: str) -> None:
     if name == "sensitivity.__main__":
         return
-    wrong = [other for other in GRAPH[name] if other.count(".") == 0 or breaks_order(name, other)]
+    wrong = [other for other in graph()[name] if other.count(".") == 0 or breaks_order(name, other)]
     assert not wrong, f"{name} imports {wrong}"
 
 
@@ -108,12 +111,12 @@ def test_the_test_above_would_notice() -> None:
 
 
 def test_no_cycles_between_files() -> None:
-    assert cycle(GRAPH) == []
+    assert cycle(graph()) == []
 
 
 def test_no_cycles_between_folders() -> None:
     folders: dict[str, set[str]] = {}
-    for name, others in GRAPH.items():
+    for name, others in graph().items():
         here = dotted(NAMES[name].parent / "__init__.py")
         folders.setdefault(here, set()).update(dotted(NAMES[other].parent / "__init__.py") for other in others)
     assert cycle({here: others - {here} for here, others in folders.items() if here != "sensitivity"}) == []
@@ -148,6 +151,7 @@ def test_no_public_function_is_named_like_a_module_or_a_folder() -> None:
     assert shared == {PACKAGE / "cli" / "main.py": {"main"}}
 
 
+@cache
 def defines(path: Path) -> set[str]:
     """The names that a file defines or imports."""
     names = set()

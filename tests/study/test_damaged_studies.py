@@ -194,7 +194,7 @@ def test_a_pipe_or_a_folder_for_a_table_is_not_waited_for(tmp_path: Path) -> Non
 # -- studies that were made well, and copies of them that are damaged -----------------------------------------------
 
 
-def swept(path: Path, count: int = 12) -> Study:
+def swept(path: Path, count: int = 6) -> Study:
     """A study as a sweep leaves it, answers and all, without a model."""
     study = Study.create(path, planted.parts(), ["vqa"], {"model": "planted", "n": 8, "seed": 0})
     study.enqueue([study.native, *(planted.plan(planted.PARTS, row) for row in planted.grid((2, 4, 8))[:count])])
