@@ -415,7 +415,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("formats.verification", "_in_fresh_process"),
         ("formats.timing.side_by_side", "in_turn"),
         ("formats.timing.profile", "check_runs_here"),
-        ("formats.timing.kept_times", "kept_times"),
+        ("formats.timing.kept_times", "load_kept_times"),
         ("study.importing.imported_study", "component_map"),
         ("study.sharing.table_file", "write"),
         ("study.sharing.folder", "write"),
