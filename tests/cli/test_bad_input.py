@@ -229,7 +229,7 @@ class Small:
 @pytest.mark.parametrize("most", [1, 3, 7])
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(mine: VLM, plain: bool, most: int) -> None:
-    asked = task("vqa", n=20)
+    asked = task("vqa", n=10)
     expected = evaluate(mine, asked, plain)
     with Small(mine, most) as device, pytest.warns(Notice, match="out of memory on cpu: batches of vqa are halved"):
         found = evaluate(mine, asked, plain)

@@ -40,7 +40,7 @@ def same(fast: dict[str, list[Any]], plain: dict[str, list[Any]]) -> None:
 
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_full_precision_answers_equal_generate(scenes_llava: VLM, name: str) -> None:
-    asked = task(name, n=40)
+    asked = task(name, n=20)
     same(evaluate(scenes_llava, asked), evaluate(scenes_llava, asked, plain=True))
 
 

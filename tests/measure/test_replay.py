@@ -131,7 +131,7 @@ def test_only_what_lies_below_the_first_difference_runs(scenes_llava: VLM) -> No
 
 def test_memory_does_not_grow_with_plans_and_keeps_its_limit(scenes_llava: VLM) -> None:
     parts = inspect(scenes_llava, by="group")
-    asked, prefix_cache = task("vqa", n=30), proven(scenes_llava, parts)
+    asked, prefix_cache = task("vqa", n=15), proven(scenes_llava, parts)
     sizes = []
     for width in (2, 3, 4, 6):
         run(scenes_llava, asked, parts, Plan.uniform(parts, scheme("rtn", width)), prefix_cache)
