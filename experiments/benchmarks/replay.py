@@ -167,7 +167,7 @@ def main() -> None:
             for n in steps:
                 found += records(table, search, seed, n, asked[:n], seconds) if n <= len(asked) else []
             print(table.name, search, seed, f"{seconds:.1f} s for {len(asked)} plans", flush=True)
-            pd.DataFrame(found).to_csv(args.out, index=False, float_format="%.4f")
+            overwrite(args.out, pd.DataFrame(found).to_csv(index=False, float_format="%.4f"))
     save(pd.DataFrame(found), args.out)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # By default, an OpenMP thread that waits for others spins. Beside another busy process it then occupies the core that
 # the thread it waits for needs, and a sweep takes three times the CPU seconds. OpenMP and OpenBLAS read these variables
@@ -51,3 +54,17 @@ def requested() -> int | None:
     """How many threads the user asked for with OMP_NUM_THREADS; None if it is not set."""
     value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(value) if value.isdigit() and int(value) else None
+
+
+def one_for_linear_algebra() -> AbstractContextManager[Any]:
+    """Linear algebra in one thread: with matrices of some hundred rows, others take CPU time and save none."""
+    controller: AbstractContextManager[Any] = _libraries().limit(limits=1, user_api="blas")
+    return controller
+
+
+@cache
+def _libraries() -> Any:
+    """The libraries of linear algebra that are loaded; to find them takes milliseconds."""
+    from threadpoolctl import ThreadpoolController  # imported when it is needed: numpy is loaded then
+
+    return ThreadpoolController()

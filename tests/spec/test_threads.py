@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np  # noqa: F401 - its library is one of those whose threads are counted
 import pytest
+import threadpoolctl
 
 from sensitivity.cli.arguments import values
 from sensitivity.cli.output import progress, ticker
@@ -29,6 +31,17 @@ def test_waiting_threads_sleep_whoever_imports_it_and_what_the_user_set_stays() 
     for given, told in (({}, "PASSIVE 0 False"), ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7 False")):
         done = subprocess.run(command, env=plain | given, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == told
+
+
+def test_linear_algebra_has_one_thread_while_it_is_asked_for() -> None:
+    def counts() -> list[int]:
+        return [one["num_threads"] for one in threadpoolctl.threadpool_info() if one["user_api"] == "blas"]
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = counts()
+        with threads.one_for_linear_algebra():
+            assert set(counts()) == {1}
+        assert counts() == before
 
 
 def test_a_container_has_the_cores_that_it_was_given(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

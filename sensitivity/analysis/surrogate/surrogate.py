@@ -13,6 +13,7 @@ from scipy.stats import norm
 from sensitivity.analysis.surrogate.damage import DamageModel
 from sensitivity.analysis.surrogate.misfit import Misfit, fit_misfit
 from sensitivity.analysis.surrogate.space import Expected, Space, effective_bits, family
+from sensitivity.spec import threads
 
 Floats = np.ndarray
 DRAWS = 128  # parameter vectors that are drawn for an interval
@@ -55,7 +56,7 @@ class Surrogate:
     def predict(self, index: Floats) -> Floats:
         """Predicted scores of plans, given as rows of positions."""
         expected = self.formula.predict(self.theta, index)
-        return expected if self.misfit is None else expected + self.misfit.corrected(self.theta, index)
+        return expected if self.misfit is None else expected + self.misfit.corrected(self.theta[None], index)[0]
 
     @property
     def is_formula(self) -> bool:
@@ -77,7 +78,7 @@ class Surrogate:
         if self.misfit is None:
             return scores
         covariance = self.misfit.covariance(index)
-        scores = scores + np.stack([self.misfit.corrected(theta, index, covariance) for theta in thetas])
+        scores = scores + self.misfit.corrected(thetas, index, covariance)
         missed = self.misfit.spread(index, covariance) * draw.standard_normal(scores.shape)
         middle = self.predict(index)
         return np.asarray(middle + self.misfit.stretch * (scores + missed - middle))
@@ -151,14 +152,15 @@ def fit_surrogate(
     unit = float(np.max(np.abs(score))) or 1.0  # the prior is for scores of about 1: others (percent) are scaled
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
     known = None if noise is None else np.broadcast_to(np.asarray(noise, dtype=float), score.shape) / unit
-    found = _fitted(space, index, score / unit, top, known, pairs, expected)
-    if expected is not None:
-        plain = _fitted(space, index, score / unit, top, known, pairs, None)
-        if plain.sigma < MAX_ERROR_SHARE * found.sigma:
-            found, expected = plain, None
-    if not corrected:
-        return _in_units(found, unit)
-    return _corrected(found, index, score, top * unit, None if known is None else known * unit, unit, expected)
+    with threads.one_for_linear_algebra():
+        found = _fitted(space, index, score / unit, top, known, pairs, expected)
+        if expected is not None:
+            plain = _fitted(space, index, score / unit, top, known, pairs, None)
+            if plain.sigma < MAX_ERROR_SHARE * found.sigma:
+                found, expected = plain, None
+        if not corrected:
+            return _in_units(found, unit)
+        return _corrected(found, index, score, top * unit, None if known is None else known * unit, unit, expected)
 
 
 def _in_units(model: Surrogate, unit: float) -> Surrogate:
