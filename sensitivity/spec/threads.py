@@ -22,6 +22,11 @@ def sleep_while_waiting() -> None:
         os.environ.setdefault(name, value)
 
 
+def threads_in_words(count: int) -> str:
+    """A number of threads, such as "1 thread"."""
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
 def cores() -> int:
     """The cores that this process may use: fewer than the machine has in a container or under an affinity mask."""
     ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -221,7 +221,7 @@ def test_a_damaged_export_is_not_timed(folder: Path, tmp_path: Path) -> None:
 def test_the_result_is_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     from sensitivity.cli.verbs.timing import bench as verb
 
-    rounds = [planted(1, 2, 3)] * 6
+    rounds = [planted(1, 2, 0.004)] * 6
     one = {"bytes": 5_000_000, "memory": {"peak": 9, "anonymous": 8_000_000, "mapped": 0}, "times": times(rounds)}
     found: Any = {
         "runtime": "openvino", "n": 6, "threads": 1, "tokens": {"per_image": 16, "prompt": 50, "new": 10},
@@ -233,5 +233,7 @@ def test_the_result_is_a_table_for_people(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "16 tokens per image, 50 per prompt, 10 new ones" in out
     assert "memory, anonymous" in out and "8.00 MB" in out  # noqa: PT018
+    assert "openvino, 1 thread, 6 rounds" in out
+    assert "2,500 (2,500 to 2,500)" in out  # tokens per second
     assert "1 (1 to 1)" in out
     assert "a processor (avx2)" in out

@@ -352,5 +352,20 @@ def test_a_recommended_plan_is_run_before_it_is_recommended(
     assert "within 100000" in ran["words"]
     assert 0 < ran["costs"]["ms_per_token"]["low"] <= found["run_time"]["ms_per_token"] * 10
     assert found["provenance"]["asked"]["limits"] == {"ms_per_answer": 100000.0, "gb_resident": 5.0}
+    alone = [
+        "recommend",
+        str(study.path),
+        "--runtime",
+        "openvino",
+        "--threads",
+        "1",
+        "--bpw",
+        "7",
+        "--no-run",
+        "--json",
+    ]
+    assert cli.main(alone) == 0  # without a limit, times that are known are told, and nothing is run
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run_time"]["ms_per_token"] > 0, found["in_runtime"]) == (True, None)
     assert cli.main(["report", str(study.path)]) == 0
     assert 'id="run-time"' in (study.path / "report" / "index.html").read_text(encoding="utf-8")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup, escape
 
 from sensitivity.analysis.failures.gallery import shortened
 from sensitivity.spec.errors import UserError
@@ -27,7 +29,7 @@ def jinja_environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., str]] = {
-        "score": _score, "percent": _percent, "in_words": bytes_in_words, "shortened": shortened,
+        "score": _score, "percent": _percent, "in_words": bytes_in_words, "shortened": shortened, "coded": _coded,
     }  # fmt: skip
     made.filters |= filters
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -38,6 +40,11 @@ def jinja_environment() -> jinja2.Environment:
 def rendered(template: str, **values: object) -> bytes:
     """A page made from a template; a lone surrogate code point, which an answer may hold, becomes a question mark."""
     return jinja_environment().get_template(template).render(**values).encode("utf-8", "replace")
+
+
+def _coded(text: str) -> Markup:
+    """A sentence whose commands stand between backticks, as HTML."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _percent(value: float | None) -> str:

@@ -15,6 +15,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import ANSWER, RESIDENT, LayerTimes
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.sizes import GB
+from sensitivity.spec.threads import threads_in_words
 
 WORTH = 0.02  # a saving that is a smaller share of full precision's time or memory is not worth a mention
 Measured = Sequence[tuple[str, Plan]]  # key and plan of each trial
@@ -72,7 +73,7 @@ def time_and_memory_section(
     machine, tokens = times.machine, times.tokens
     return TimeAndMemory(
         times.runtime,
-        f"{machine.get('processor')}, {times.threads} thread{'s' if times.threads > 1 else ''}",
+        f"{machine.get('processor')}, {threads_in_words(times.threads)}",
         f"{tokens['image']} tokens per image, {tokens['prompt']} per prompt, {tokens['answer']} per answer",
         _bought(parts, times, list(runs.values())),
         [_plan_cost(parts, times, runs[row["key"]], row, task) for _, row in best.iterrows()],

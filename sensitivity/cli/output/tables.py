@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sensitivity.spec.sizes import bytes_in_words
+from sensitivity.spec.threads import threads_in_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -283,7 +284,7 @@ def print_runtime_costs(plan: Plan, parts: ComponentMap, times: LayerTimes, limi
         cost_in_words(cost, took[cost]) + (f" of at most {limits[cost]:g}" if cost in limits else "")
         for cost in LIMITED
     ]
-    print(f"  predicted in {times.runtime}, {times.threads} threads: {', '.join(each)}")
+    print(f"  predicted in {times.runtime}, {threads_in_words(times.threads)}: {', '.join(each)}")
     tokens = (times.tokens["answer"] - 1) * took["ms_per_token"]
     stages = {"image": took["ms_per_image"], "prompt": took["ms_per_prompt"], "tokens after the first": tokens}
     shares = [f"{name} {ms / sum(stages.values()):.0%}" for name, ms in stages.items()]

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.observations import observations_of
     from sensitivity.api.exporting import write_cards
     from sensitivity.api.recommending import begin_recommendation
-    from sensitivity.formats.timing.kept_times import load_kept_times
+    from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
     from sensitivity.study.storage import layer_times
     from sensitivity.study.study import Study
@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     study = Study(args.study)
     request = _request(args, study)
     check_request(study, request)
-    times = load_kept_times(study.parts, args.runtime, args.threads or 0) if request.limits else None
+    of = study.parts, args.runtime, args.threads or 0
+    times = load_kept_times(*of) if request.limits else kept_times_if_any(*of)
     if args.prior:
         check_priors(args.prior)
         expect_from(study, args.prior, schemes_of(study))
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         layer_times.save(study.path, times)
     paths = save(study, best)
     write_cards(study, best, paths)
-    ran = [None if times is None or vlm is None else _in_runtime(args, study, one, vlm, times) for one in best]
+    ran = [_in_runtime(args, study, one, vlm, times, request) for one in best]
     notes = dict.fromkeys(note for task in request.weights for note in observations_of(study, task).notes)
     if not args.json:
         for note in notes:
@@ -125,7 +126,7 @@ def _show(
 ) -> None:  # fmt: skip
     """Print a recommendation, its costs in the runtime, and its files."""
     print_recommendation(one)
-    if times is not None:
+    if times is not None and times.knows(study.parts, one.plan):
         print_runtime_costs(one.plan, study.parts, times, request.limits)
     if outcome is not None:
         print(f"  {outcome.words}")
@@ -153,22 +154,26 @@ def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
     return PlanRequest(bpw, weights, floors, allow, args.tie, args.runtime, args.top, limits)
 
 
-def _in_runtime(args: argparse.Namespace, study: Study, one: Recommendation, vlm: VLM, times: LayerTimes) -> InRuntime:
-    """Run a recommended plan in its runtime, with its progress."""
+def _in_runtime(
+    args: argparse.Namespace, study: Study, one: Recommendation, vlm: VLM | None, times: LayerTimes | None,
+    request: PlanRequest,
+) -> InRuntime | None:  # fmt: skip
+    """Run a recommended plan in its runtime, with its progress; None without limits, and where nothing is run."""
     from sensitivity.api.in_runtime import run_in_runtime
 
-    asked = one.provenance.get("asked")
+    if vlm is None or times is None or not request.limits:
+        return None
     with show_stages(args.json):
-        return run_in_runtime(study, one.plan, vlm, times, asked["limits"] if asked else {})
+        return run_in_runtime(study, one.plan, vlm, times, request.limits)
 
 
 def _run_time(
     study: Study, one: Recommendation, times: LayerTimes | None, outcome: InRuntime | None
 ) -> dict[str, object]:
-    """The predicted and the measured costs of a plan in its runtime; empty if no limit was asked for."""
+    """The predicted and the measured costs of a plan in its runtime; empty if its layers were not timed."""
     from sensitivity.spec.runtimes.layer_times import COSTS
 
-    if times is None:
+    if times is None or not times.knows(study.parts, one.plan):
         return {}
     predicted = {cost: times.plan_cost(study.parts, one.plan, cost) for cost in COSTS}
     return {"run_time": predicted, "in_runtime": outcome and outcome.to_json()}

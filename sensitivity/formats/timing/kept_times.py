@@ -16,7 +16,8 @@ from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.files import write_atomically
-from sensitivity.spec.runtimes.layer_times import LayerTimes, check_timed
+from sensitivity.spec.runtimes.layer_times import LAYOUTS, LayerTimes, check_timed
+from sensitivity.spec.threads import threads_in_words
 
 
 def keep(parts: ComponentMap, times: LayerTimes) -> None:
@@ -41,8 +42,17 @@ def load_kept_times(parts: ComponentMap, runtime: str, threads: int = 0) -> Laye
     file = _file(parts, runtime, threads)
     again = f"`sensitivity profile {shell_word(parts.model)} --runtime {runtime} --threads {threads}` measures them"
     if not file.exists():
-        raise UserError(f"the layers of {parts.model} were not timed on this machine with {threads} threads; {again}")
+        raise UserError(
+            f"the layers of {parts.model} were not timed on this machine with {threads_in_words(threads)}; {again}"
+        )
     return _read(file, again)
+
+
+def kept_times_if_any(parts: ComponentMap, runtime: str | None, threads: int = 0) -> LayerTimes | None:
+    """The times that `profile` measured here, or None."""
+    with suppress(UserError):
+        return load_kept_times(parts, runtime, threads) if runtime in LAYOUTS else None
+    return None
 
 
 def _read(file: Path, remedy: str) -> LayerTimes:

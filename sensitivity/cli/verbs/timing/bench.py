@@ -9,6 +9,7 @@ from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import print_table
 from sensitivity.spec.sizes import bytes_in_words
+from sensitivity.spec.threads import threads_in_words
 
 if TYPE_CHECKING:
     from sensitivity.formats.timing.intervals import Interval
@@ -56,8 +57,8 @@ def show(found: Bench) -> None:
         ratio = found["times_faster"].get(name)
         rows.append((name, _words(interval), _words(full["times"][name]), _words(ratio) if ratio else ""))
     print_table(
-        f"{found['runtime']}, {found['threads']} threads, {found['n']} rounds in turn: {tokens['per_image']} tokens per"
-        f" image, {tokens['prompt']} per prompt, {tokens['new']} new ones",
+        f"{found['runtime']}, {threads_in_words(found['threads'])}, {found['n']} rounds in turn: "
+        f"{tokens['per_image']} tokens per image, {tokens['prompt']} per prompt, {tokens['new']} new ones",
         ("", "export", "full precision", "times faster"),
         rows,
     )
@@ -70,4 +71,9 @@ def _size(count: object) -> str:
 
 
 def _words(of: Interval) -> str:
-    return f"{of['median']:.3g} ({of['low']:.3g} to {of['high']:.3g})"
+    return f"{_number(of['median'])} ({_number(of['low'])} to {_number(of['high'])})"
+
+
+def _number(value: float) -> str:
+    """Three digits, and no powers of ten."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

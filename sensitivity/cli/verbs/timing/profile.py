@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import print_table
+from sensitivity.spec.threads import threads_in_words
 
 if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
@@ -73,9 +74,9 @@ def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
     heads = {"ms_per_image": "ms, image", "ms_per_prompt": "prompt", "ms_per_token": "new token"}
     heads |= {"ms_per_answer": "answer", "gb_resident": "GB resident"}
     print_table(
-        f"{times.runtime}, {times.threads} threads: uniform plans, predicted, with {tokens['image']} tokens an image, "
-        f"{tokens['prompt']} a prompt and {tokens['answer']} an answer ({times.task}); "
-        "÷: how many times less than full precision",
+        f"{times.runtime}, {threads_in_words(times.threads)}: uniform plans, predicted, with "
+        f"{tokens['image']} tokens an image, {tokens['prompt']} a prompt and {tokens['answer']} an answer "
+        f"({times.task}); ÷: how many times less than full precision",
         ("plan", *heads.values()),
         [(name, *(f"{of[cost]:.3g} (÷ {full[cost] / of[cost]:.2f})" for cost in heads)) for name, of in plans.items()],
     )
