@@ -26,7 +26,6 @@ import pandas as pd
 import torch
 
 from experiments.benchmarks.true_shapes import pictures
-from sensitivity.formats.openvino.trace import kept as kept_traces
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import CLOCKS, FEWEST, STAGES, interval
 from sensitivity.formats.timing.machine import this_machine, versions_of
@@ -228,8 +227,7 @@ def main() -> None:
         widths = dict.fromkeys(alike(runtime, int(bits))[-1] for bits in args.bits.split(","))
         missing = [bits for bits in widths if bits not in rows.known(args.model, runtime)]
         if args.write:
-            with kept_traces():
-                write_exports(args.model, parts, runtime, [FULL, *missing], rows)
+            write_exports(args.model, parts, runtime, [FULL, *missing], rows)
             continue
         with tempfile.TemporaryDirectory() as space:
             task = str(pictures(Path(space), 1, 0, args.side))
