@@ -9,7 +9,8 @@ Every answer is generated to its end by both, one example at a time, in float32 
 one that changes no answer proves nothing: how many it changes is counted on the first 100 examples. The embedded models
 are trained; the others have random weights, so that their answers mean nothing, but their tokens are as exact.
 Likelihoods are those of the right answers, per token. onnx-int8 runs the files of onnx with accuracy level 4, where
-what quantized layers read is rounded to 8 bits: its tokens may differ, and the row says how many answers do.
+what quantized layers read is rounded to 8 bits: its tokens may differ, and the row says how many answers do. A dash
+stands where likelihoods were not compared.
 """
 
 from __future__ import annotations
