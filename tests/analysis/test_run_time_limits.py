@@ -202,9 +202,7 @@ def test_the_report_says_what_bits_buy(tmp_path: Path) -> None:
 
 def test_times_survive_the_journey_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SENSITIVITY_CACHE", str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"not timed on this machine with 1 thread; `sensitivity profile planted --run"
-    ):
+    with pytest.raises(UserError, match=r"not timed on this machine with 1 thread; `sensitivity profile planted --run"):
         load_kept_times(FOUR, "openvino", 1)
     keep(FOUR, times())
     assert load_kept_times(FOUR, "openvino", 1) == times()

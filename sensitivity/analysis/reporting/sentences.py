@@ -194,8 +194,8 @@ def interactions_alt(ranking: Ranking) -> str:
     how = "worse" if pair["both_low"] < 0 else "less bad"
     return (
         "What two parts do to the score beyond the sum of their effects, where both are in the lower half of their "
-        f"widths (SHAP). Strongest: {pair['a']} with {pair['b']}, together {how} than the sum by "
-        f"{abs(pair['both_low']):.2g}. Negative means that they hurt each other."
+        f"widths (SHAP); negative means that they hurt each other. Largest over all plans ({pair['strength']:.2g} on "
+        f"average): {pair['a']} with {pair['b']}, which are {how} than the sum by {abs(pair['both_low']):.2g} there."
     )
 
 
