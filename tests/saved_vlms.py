@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import small_vlms as small
@@ -194,6 +194,7 @@ def gemma3() -> Made:
     return Made(model, tokenizer, pictures, "Gemma3Processor", {"image_seq_length": 4}, template)
 
 
+SIZES = (TEXT, VIT, small.LLAMA, small.VIT, small.QFORMER, small.OPT, small.T5, small.ROPE)  # what builders read
 _FOLDER = TemporaryDirectory()  # of models that were saved once, until this process ends
 BUILDERS: dict[str, Callable[[], Made]] = {
     f.__name__: f
@@ -215,16 +216,17 @@ BUILDERS: dict[str, Callable[[], Made]] = {
 
 def save(name: str, folder: Path) -> Path:
     """A folder with the model of that name, for the test alone: what it changes in it, no other sees."""
-    shutil.copytree(_saved_once(name), folder, dirs_exist_ok=True)
+    shutil.copytree(_saved_once(BUILDERS[name], repr(SIZES)), folder, dirs_exist_ok=True)
     torch.manual_seed(0)  # what is drawn next is the same, whether the model was made now or before
     return folder
 
 
 @cache
-def _saved_once(name: str) -> Path:
-    folder = Path(_FOLDER.name, name)
+def _saved_once(build: Callable[[], Made], sizes: str) -> Path:
+    """The folder of a model, made once for each way to build it; `sizes` are those of now, which some tests change."""
+    folder = Path(mkdtemp(dir=_FOLDER.name))
     torch.manual_seed(0)
-    made = BUILDERS[name]()
+    made = build()
     for parameter in made.model.parameters():  # some families start at zero
         torch.nn.init.normal_(parameter, 0, 0.1)
     if made.model.can_generate():
