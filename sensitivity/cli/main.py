@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
+from sensitivity.cli.processes.collector import look_seldom
 from sensitivity.cli.verbs import (
     demo,
     explain,
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Every code but 0 comes with a sentence on standard error, unless the reader of our output is gone (a broken pipe).
     """
+    if argv is None:
+        look_seldom()
     words = list(sys.argv[1:] if argv is None else argv)
     # looked up before parsing, so that errors of parsing honor --json and --debug too
     asked = argparse.Namespace(argv=words, json="--json" in words, debug="--debug" in words)

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from sensitivity.cli.processes.collector import look_as_usual
+
 if TYPE_CHECKING:
     from sensitivity.models.vlm import VLM
     from sensitivity.spec.components import ComponentMap
@@ -23,6 +25,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
     from sensitivity.models.loading import load
     from sensitivity.tasks.table import check_distinct, task
 
+    look_as_usual()
     if args.dtype is None:
         args.dtype, why = dtype_for(args.model, args.device, args.out)
         if why:
