@@ -70,6 +70,8 @@ class Answers:
     def __init__(self, study: Path) -> None:
         self._study = study
         self._warned: set[str] = set()
+        # files that were read whole, as they were then: a search asks about all of them before each plan that it draws
+        self._whole: dict[Path, tuple[int, int, int]] = {}
 
     def file(self, key: str) -> Path:
         """The file of a plan's answers, by the plan's key."""
@@ -111,14 +113,28 @@ class Answers:
             raise UserError(f"{_damage(plan, file, error)}; the same command runs that plan again") from error
 
     def is_whole(self, trial: Trial) -> bool:
-        """Whether a trial's answers can be read; warns where they cannot."""
+        """Whether a trial's answers can be read; warns where they cannot. A file is read again only if it changed."""
         file = self.file(trial.key)
+        now = _on_disk(file)
+        if now is not None and self._whole.get(file) == now:
+            return True
         try:
             read(file)
         except Damaged as error:
             warnings.warn(f"{_damage(trial.plan, file, error)}; that plan is run again", Notice, stacklevel=2)
             return False
+        if now is not None:
+            self._whole[file] = now
         return True
+
+
+def _on_disk(file: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written or replaced; None where it cannot be looked at."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _damage(plan: Plan, file: Path, error: Damaged) -> str:

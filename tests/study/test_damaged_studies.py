@@ -658,6 +658,21 @@ def test_damaged_answers_are_one_plan_to_be_run_again_said_once(answered: Path, 
     pd.testing.assert_frame_equal(after.loc[before.index, columns], before[columns])
 
 
+def test_queueing_reads_answers_once_and_again_where_they_changed(
+    answered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, read, files = Study(answered), examples.read, list[Path]()
+    monkeypatch.setattr(examples, "read", lambda file: (files.append(file), read(file))[1])
+    plans = [trial.plan for trial in study.measured()]
+    for plan in plans:  # as a search does, which draws one plan after the other
+        assert study.enqueue([plan]) == 0
+    assert len(files) == len(set(files)) == len(plans)
+    flip(files[0])
+    with pytest.warns(Notice, match="that plan is run again"):
+        assert study.enqueue(plans) == 1
+    assert files[len(plans) :] == files[:1]
+
+
 def test_answers_damaged_half_way_are_begun_anew(answered: Path) -> None:
     study = Study(answered)
     plan = planted.plan(planted.PARTS, [3, 3, 3])
