@@ -3,6 +3,8 @@
 python -m experiments.methods.comparison                  # writes reports/methods-comparison.csv and .md
 python -m experiments.methods.comparison --minutes 40     # begins no further row afterwards; again, and it goes on
 python -m experiments.methods.comparison --minutes 0      # only the page
+
+Options choose what is measured; the page always says what is known of all cells.
 """
 
 from __future__ import annotations
@@ -106,8 +108,9 @@ def main() -> None:
             known = merged(known, measure(what, lacking, one, args, ends))
             record.write(args.record, known, args.examples)
             print(f"{one.name}, {lacking[0].model}, {what}, {lacking[0].bits} bits", file=sys.stderr, flush=True)
-    every = [cell for _, portion in portions for cell in portion]
-    lines = page.page(known, every, asked, args.examples)
+    models = list(dict.fromkeys([*MODELS, *args.models.split(",")]))
+    every = [cell for _, portion in cells(models, ROWS, WIDTHS, WHERE) for cell in portion]
+    lines = page.page(known, every, [task(name, n=args.n) for name in TASKS], args.examples)
     overwrite(args.out, "\n".join(lines) + "\n")
 
 
