@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +107,22 @@ def test_scales_and_clipping_each_help() -> None:
         for chosen in ({"exponents": 1, "clip": False}, {"clip": False}, {})
     )
     assert both <= scaled < nearest
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_token_weights_choose_among_the_scales_that_all_tokens_give(bits: int) -> None:
+    """MBQ: only the error is weighted, so that no row of AWQ has less of it than the one that minimizes it."""
+    given, r = linears(), torch.rand(200, generator=torch.Generator().manual_seed(2)).pow(6)
+    r[::7] = 0
+    weighted = Curvature(WIDTH)
+    weighted.add(inputs(), r)
+    assert torch.equal(scales(weighted, 20, torch.float32), scales(given.input_statistics, 20, torch.float32))
+    found = {}
+    for name, seen in (("alike", given.input_statistics), ("weighted", weighted)):
+        rounded = solve(replace(given, curvature=seen), [scheme("awq", bits, group=GROUP, clip=False)])[0]
+        deltas = [w - one.dequantize() for w, one in zip(given.weights, rounded, strict=True) if one is not None]
+        found[name] = sum(float((d @ weighted.gram * d).sum()) for d in deltas)
+    assert found["weighted"] <= found["alike"] * (1 + 1e-6)
 
 
 def test_weights_that_share_an_input_share_the_scale() -> None:

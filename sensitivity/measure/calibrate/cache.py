@@ -21,7 +21,7 @@ from sensitivity.spec.files import discard, replacing
 from sensitivity.spec.sizes import GB
 
 GONE = "No such file"  # in the message of the system where a folder was deleted meanwhile
-VERSION = 6  # raised when the meaning of an entry changes
+VERSION = 7  # raised when the meaning of an entry changes
 
 
 def cache_folder() -> Path:

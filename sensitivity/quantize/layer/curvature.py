@@ -33,7 +33,11 @@ class Factor:
 
 
 class Curvature:
-    """Statistics of a layer's inputs: H = sum r x x', the number of tokens, and each channel's sum r |x| and range."""
+    """Statistics of a layer's inputs: H = sum r x x', the number of tokens, and each channel's range and sum |x|.
+
+    The sum |x| is of all tokens alike, as in MBQ: token weights belong to the error that a method minimizes, not to the
+    scales that it tries.
+    """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(width, width, device=device)
@@ -41,6 +45,7 @@ class Curvature:
         self.low, self.high = torch.zeros(width, device=device), torch.zeros(width, device=device)
         self.weight = 0.0  # sum r
         self.tokens = 0
+        self.read = 0  # tokens in `magnitude`, those of weight 0 among them
         self.modalities = torch.zeros(4, dtype=torch.long)  # how many tokens of padding, vision, prompt and answer
         self.paths: TwoPaths | None = None  # where inputs are known on both calibration paths
         self._factor: tuple[tuple[float, bool], Factor] | None = None
@@ -48,9 +53,11 @@ class Curvature:
     def add(self, inputs: Tensor, importance: Tensor | None = None) -> None:
         """Add tokens (tokens x width), each with its own weight r or 1.
 
-        A token of weight 0, such as padding, is not counted.
+        A token of weight 0 counts in the mean magnitudes alone.
         """
         values = inputs.float()
+        self.magnitude += values.abs().sum(0)
+        self.read += len(values)
         scaled = values
         if importance is not None:
             r = importance.to(values)
@@ -64,12 +71,11 @@ class Curvature:
             low, high = torch.aminmax(values, dim=0)
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         _add_symmetric(self.gram, values, scaled)
-        self.magnitude += scaled.abs().sum(0)
         self._factor = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that a file stores; `of` makes statistics from them again."""
-        totals = torch.tensor([self.weight, self.tokens], dtype=torch.float64)
+        totals = torch.tensor([self.weight, self.tokens, self.read], dtype=torch.float64)
         sums = {"gram": self.gram, "magnitude": self.magnitude, "totals": totals, "modalities": self.modalities}
         return {**sums, "low": self.low, "high": self.high}
 
@@ -86,7 +92,8 @@ class Curvature:
         self = cls.__new__(cls)
         self.gram, self.magnitude = tensors["gram"], tensors["magnitude"]
         self.low, self.high = tensors["low"], tensors["high"]
-        self.weight, self.tokens = float(tensors["totals"][0]), int(tensors["totals"][1])
+        totals = tensors["totals"].tolist()
+        self.weight, self.tokens, self.read = totals[0], int(totals[1]), int(totals[2])
         self.modalities, self._factor, self.paths = tensors["modalities"].cpu(), None, None
         return self
 
@@ -97,8 +104,8 @@ class Curvature:
 
     @property
     def mean_magnitude(self) -> Tensor:
-        """Mean |x| of each channel."""
-        return self.magnitude / max(self.weight, torch.finfo(torch.float32).tiny)
+        """Mean |x| of each channel over all tokens, whatever their weights."""
+        return self.magnitude / max(self.read, 1)
 
     @property
     def largest(self) -> Tensor:
