@@ -26,6 +26,7 @@ from experiments.methods.comparison.rows import (
     MODELS,
     ROWS,
     TASKS,
+    WEIGHTS,
     WHERE,
     WIDTHS,
     Cell,
@@ -33,11 +34,15 @@ from experiments.methods.comparison.rows import (
     plan_of,
     scheme_of,
     stored_bits,
+    widths_of,
 )
 from sensitivity.api.sweeping import sweep, with_calibration
+from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.measure.loop import data_flow_order
+from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
+from sensitivity.quantize.methods import method_of, needs_fisher
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.examples.types import Task
@@ -49,10 +54,17 @@ def measure(what: str, wanted: Sequence[Cell], asked: Task, args: argparse.Names
     model = wanted[0].model
     vlm = load(model)
     parts = inspect(vlm, by="part")
-    keys = list(dict.fromkeys((cell.row, cell.bits) for cell in wanted))
+    # the rows of this portion at all widths that were asked for, since a layer is solved at all of them at once
+    widths = {cell.bits for cell in wanted} | {int(bits) for bits in args.widths.split(",")}
+    keys = [
+        (row, bits) for row in dict.fromkeys(cell.row for cell in wanted) for bits in widths_of(row) if bits in widths
+    ]
     bare, path = [scheme_of(*key) for key in keys], "both" if what == BOTH else "float"
     named, statistics = with_calibration(vlm, parts, bare, [asked.name], n=args.examples, path=path, against=[asked])
     schemes = dict(zip(keys, named, strict=True))
+    # codes are left in the cache on disk, where the portions of other widths find them
+    solved = [one for one in named if what == WEIGHTS and method_of(one).calibrated and not needs_fisher(one)]
+    prepare(vlm.model, parts, [plan_of(parts, "all", one) for one in solved], WeightCodes(), statistics)
     plans = {cell: plan_of(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
 
     def in_time() -> Iterator[Plan]:

@@ -94,6 +94,11 @@ def scheme_of(row: str, bits: int) -> Scheme:
     return scheme(str(given.pop("method")), bits, **given)
 
 
+def widths_of(row: str) -> range:
+    """The widths that a row or host takes."""
+    return METHODS[str(settings_of(row)["method"])].widths
+
+
 def with_hosts(rows: Sequence[str]) -> list[str]:
     """The rows, and everything that one of them adds its idea to, directly or not."""
     found = list(rows)
@@ -117,12 +122,7 @@ def cells(
     models: Sequence[str], rows: Sequence[str], widths: Collection[int], where: Sequence[str]
 ) -> Iterator[tuple[str, list[Cell]]]:
     """All cells in portions of one model that are calibrated alike, the most informative first."""
-    every = [
-        (row, bits)
-        for row in with_hosts(rows)
-        for bits in METHODS[str(settings_of(row)["method"])].widths
-        if bits in widths
-    ]
+    every = [(row, bits) for row in with_hosts(rows) for bits in widths_of(row) if bits in widths]
     # a turn of the next model and the next turn of this one come together, so that none of them waits for all others
     order = sorted(product(range(len(TURNS)), range(len(models))), key=lambda place: (sum(place), place[1]))
     for turn, number in order:
