@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,37 +34,55 @@ from experiments.methods.comparison.rows import (
     plan_of,
     scheme_of,
     stored_bits,
-    widths_of,
 )
 from sensitivity.api.sweeping import sweep, with_calibration
+from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare
 from sensitivity.measure.loop import data_flow_order
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
+from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import method_of, needs_fisher
+from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.files import overwrite
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task
 
 
-def measure(what: str, wanted: Sequence[Cell], asked: Task, args: argparse.Namespace, ends: float) -> Record:
-    """The cells of one model that are whole when the time is over; what a killed run measured is not run again."""
-    model = wanted[0].model
+@dataclass(frozen=True)
+class Begun:
+    """A calibrated model, and the schemes of those rows that are still to be measured on it."""
+
+    vlm: VLM
+    parts: ComponentMap
+    schemes: Mapping[tuple[str, int], Scheme]
+    statistics: Statistics | None
+
+
+def begin(what: str, model: str, keys: Sequence[tuple[str, int]], asked: Task, args: argparse.Namespace) -> Begun:
+    """Calibrate once for all widths; calibrated weights are solved at all of them at once, too."""
     vlm = load(model)
     parts = inspect(vlm, by="part")
-    # the rows of this portion at all widths that were asked for, since a layer is solved at all of them at once
-    widths = {cell.bits for cell in wanted} | {int(bits) for bits in args.widths.split(",")}
-    keys = [
-        (row, bits) for row in dict.fromkeys(cell.row for cell in wanted) for bits in widths_of(row) if bits in widths
-    ]
-    bare, path = [scheme_of(*key) for key in keys], "both" if what == BOTH else "float"
+    bare, path = [scheme_of(*key) for key in keys], path_of(what)
     named, statistics = with_calibration(vlm, parts, bare, [asked.name], n=args.examples, path=path, against=[asked])
-    schemes = dict(zip(keys, named, strict=True))
-    # codes are left in the cache on disk, where the portions of other widths find them
+    # codes are left in the cache on disk, where the sweeps find them
     solved = [one for one in named if what == WEIGHTS and method_of(one).calibrated and not needs_fisher(one)]
     prepare(vlm.model, parts, [plan_of(parts, "all", one) for one in solved], WeightCodes(), statistics)
+    return Begun(vlm, parts, dict(zip(keys, named, strict=True)), statistics)
+
+
+def path_of(what: str) -> str:
+    """The calibration path of rows of a kind."""
+    return "both" if what == BOTH else "float"
+
+
+def measure(
+    what: str, begun: Begun, wanted: Sequence[Cell], asked: Task, args: argparse.Namespace, ends: float
+) -> Record:
+    """The cells of one model that are whole when the time is over; what a killed run measured is not run again."""
+    parts, schemes, model = begun.parts, begun.schemes, wanted[0].model
     plans = {cell: plan_of(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
 
     def in_time() -> Iterator[Plan]:
@@ -73,8 +91,8 @@ def measure(what: str, wanted: Sequence[Cell], asked: Task, args: argparse.Names
                 return
             yield plan
 
-    out = Path(args.work) / f"{model.removeprefix('embedded:')}-{path}-{asked.name}-{args.n}-{args.examples}"
-    study = sweep(vlm, parts, in_time(), [asked.name], out, n=args.n, statistics=statistics)
+    out = Path(args.work) / f"{model.removeprefix('embedded:')}-{path_of(what)}-{asked.name}-{args.n}-{args.examples}"
+    study = sweep(begun.vlm, parts, in_time(), [asked.name], out, n=args.n, statistics=begun.statistics)
     found = {cell: study.examples(plan) for cell, plan in plans.items()}
     stored = {cell: stored_bits(parts, cell.where, schemes[cell.row, cell.bits]) for cell in wanted}
     whole = {cell: Measured(stored[cell], right(frame, asked)) for cell, frame in found.items() if frame is not None}
@@ -87,6 +105,11 @@ def right(frame: pd.DataFrame | None, asked: Task) -> dict[str, np.ndarray]:
     assert frame is not None
     scores = frame.set_index("example")["score"]
     return {asked.name: scores.loc[[example.id for example in asked.examples]].to_numpy(dtype=float)}
+
+
+def lacks(known: Record, cell: Cell, asked: Task) -> bool:
+    """Whether a cell is not measured on a task."""
+    return cell not in known or asked.name not in known[cell].right
 
 
 def merged(known: Record, found: Record) -> Record:
@@ -114,12 +137,20 @@ def main() -> None:
     portions = list(cells(args.models.split(","), args.rows.split(","), widths, args.where.split(",")))
     ends = time.monotonic() + 60 * args.minutes
     known = record.read(args.record, args.n, args.examples)
-    for one, (what, portion) in product(asked, portions):
-        lacking = [cell for cell in portion if cell not in known or one.name not in known[cell].right]
-        if lacking and time.monotonic() < ends:
-            known = merged(known, measure(what, lacking, one, args, ends))
+    for one in asked:
+        missing = [(what, [c for c in portion if lacks(known, c, one)]) for what, portion in portions]
+        begun: dict[tuple[str, str], Begun] = {}
+        for what, lacking in missing:
+            if not lacking or time.monotonic() >= ends:
+                continue
+            model = lacking[0].model
+            if (what, model) not in begun:
+                alike = [cell for other, some in missing if other == what for cell in some if cell.model == model]
+                keys = list(dict.fromkeys((cell.row, cell.bits) for cell in alike))
+                begun[what, model] = begin(what, model, keys, one, args)
+            known = merged(known, measure(what, begun[what, model], lacking, one, args, ends))
             record.write(args.record, known, args.examples)
-            print(f"{one.name}, {lacking[0].model}, {what}, {lacking[0].bits} bits", file=sys.stderr, flush=True)
+            print(f"{one.name}, {model}, {what}, {lacking[0].bits} bits", file=sys.stderr, flush=True)
     models = list(dict.fromkeys([*MODELS, *args.models.split(",")]))
     every = [cell for _, portion in cells(models, ROWS, WIDTHS, WHERE) for cell in portion]
     lines = page.page(known, every, [task(name, n=args.n) for name in TASKS], args.examples)
