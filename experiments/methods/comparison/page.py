@@ -73,7 +73,7 @@ def page(known: Record, every: Sequence[Cell], asked: Sequence[Task], calibratio
         "Differences are paired on the same examples, with 95 % intervals clustered by image. Stored bits count codes,",
         "scales, zero points, codebooks, outliers and bin indices, per weight of the quantized part; other parts are",
         "native. Scores of every row are beside this page in `methods-comparison.csv`, with which the command goes on",
-        "where it was.",
+        "where it was. The connector of the heavy-tailed model is that of the plain one, so their cells hardly differ.",
         "",
         *coverage(scores, every),
         "",
