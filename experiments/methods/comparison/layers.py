@@ -24,7 +24,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grids.qvla import allocated
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import UNIFORM, importance_of, needs_fisher
+from sensitivity.quantize.methods import UNIFORM, token_weighting, needs_fisher
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.integer_grid import as_16_bit, encode, ranges, scale_and_zero
 from sensitivity.spec.components import ComponentMap, Weight
@@ -64,7 +64,7 @@ class Layers:
             assert self.statistics.fisher is not None
             squares = self.statistics.fisher(weight.name, self.own)
             return lambda before, after: weighed(before, after, squares)
-        kind = UNIFORM if scheme is None else importance_of(scheme)
+        kind = UNIFORM if scheme is None else token_weighting(scheme)
         if kind not in self.grams:
             self.grams[kind] = self.statistics.weighted[kind](self.weights)
         gram = self.grams[kind][input_of(weight)].gram
