@@ -24,7 +24,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.grids.qvla import allocated
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import input_of
-from sensitivity.quantize.methods import UNIFORM, token_weighting, needs_fisher
+from sensitivity.quantize.methods import UNIFORM, needs_fisher, token_weighting
 from sensitivity.quantize.stored.channels import ChannelWidthsWeight
 from sensitivity.quantize.stored.integer_grid import as_16_bit, encode, ranges, scale_and_zero
 from sensitivity.spec.components import ComponentMap, Weight
