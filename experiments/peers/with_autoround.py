@@ -6,7 +6,7 @@
 Both see the same calibration examples one by one, with images, and the same loss, a mean over an answer's tokens.
 AutoScheme would read texts from the hub; its data loader alone is replaced. Layers are rounded to nearest per row from
 their least to their largest value, by each one's own rule, all layers of the language tower at once. Their choice is by
-dynamic programming at an average number of bits, ours the optimum of our scores at the same size.
+dynamic programming at an average number of bits, ours by one price of a bit, which may leave some of the bits unused.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     vlm = load(f"embedded:{args.model}", dtype="float32")
     parts = inspect(vlm, by="linear")
-    found = scored(vlm, parts, [scheme("rtn", bits) for bits in BITS], [args.task], (), args.n, cache_gb=0)
+    schemes = [scheme("rtn", bits, symmetric=False) for bits in BITS]  # as QuantizationScheme(sym=False) below
+    found = scored(vlm, parts, schemes, [args.task], (), args.n, cache_gb=0)
     linears = {one.name: one.weights[0] for one in parts.components}
     layers = {name: one.reader for name, one in linears.items() if one.part == "language" and not one.is_embedding}
     began = time.process_time()
