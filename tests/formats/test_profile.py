@@ -13,13 +13,15 @@ from sensitivity.cli import main as cli
 from sensitivity.formats.openvino.exporter import STORED
 from sensitivity.formats.openvino.layer_counters import LayerCounters, name_layers
 from sensitivity.formats.timing.kept_times import load_kept_times
-from sensitivity.formats.timing.profile import _as_in_graphs, checked, first_inputs
+from sensitivity.formats.timing.profile import _as_in_graphs, _per_weight, checked, first_inputs
 from sensitivity.formats.timing.rows_at_once import rows_by_weight
 from sensitivity.formats.timing.timed_process import LayerSeconds, Round, TimedStage
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.runtimes.layer_times import LayerTimes, is_read, layout_of
+from sensitivity.spec.sizes import GB
 
 MODEL = "embedded:scenes-llava"
 
@@ -53,6 +55,22 @@ def test_a_layer_that_no_graph_reads_takes_no_time(tmp_path: Path) -> None:
         "b": 36,
         "c.weight": 0,
     }
+
+
+def test_memory_is_shared_among_the_weights_that_are_read() -> None:
+    """So the memory of the layout that was measured is predicted exactly, although the last vision layer takes none."""
+    vlm = load(MODEL, config_only=True)
+    parts, scheme = inspect(vlm, by="linear"), Scheme("rtn", 4, 32, True)
+    last = max(w.block for w in parts.weights if w.part == "vision" and w.block is not None)
+    at_once = {w.name: 0 if w.block == last else 37 for w in parts.weights if w.part != "language"}
+    tokens = {"image": 36, "prompt": 50, "answer": 3}
+    read = [weight for weight in parts.weights if is_read(weight, at_once, tokens)]
+    assert len(read) < len(parts.weights)
+    full, held = {"image": 9_000_000, "language": 20_000_000}, {"image": 2_000_000, "language": 5_000_000}
+    memory = _per_weight(read, layout_of(read[0], scheme, "openvino"), full, held)
+    times = LayerTimes("openvino", {}, 1, {}, "vqa", at_once, tokens, {}, sum(full.values()), memory, {})
+    found = times.plan_cost(parts, Plan.uniform(parts, scheme), "gb_resident")
+    assert found == pytest.approx(sum(held.values()) / GB)
 
 
 def test_the_seconds_of_layers_are_told_apart_by_stage() -> None:

@@ -27,7 +27,7 @@ from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.models.config_only import without_weights
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
-from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.layer_times import (
@@ -38,6 +38,7 @@ from sensitivity.spec.runtimes.layer_times import (
     LayerTimes,
     check_timed,
     half_of,
+    is_read,
     layout_of,
     tokens_at_once,
 )
@@ -83,7 +84,8 @@ def profile_layers(
     for layout, plan in plans.items():
         slower = {stage: _whole(beside[layout], stage, threads) / _whole(rounds, stage, threads) for stage in STAGES}
         layers |= _by_shape(linears, plan, runtime, _at_usual_speed(slower, counted[layout]["layers"]), at_once, tokens)
-        memory |= _per_weight(linears, plan, layout, counted[NATIVE]["memory"], counted[layout]["memory"])
+        quantized = [w for c in linears.components if plan[c.name] for w in c.weights if is_read(w, at_once, tokens)]
+        memory |= _per_weight(quantized, layout, counted[NATIVE]["memory"], counted[layout]["memory"])
     found = LayerTimes(
         runtime, dict(this_machine()), threads, versions_of(runtime), task, at_once, tokens, dict.fromkeys(STAGES, 0.0),
         sum(counted[NATIVE]["memory"].values()), memory, layers,
@@ -205,14 +207,13 @@ def _by_shape(
 
 
 def _per_weight(
-    linears: ComponentMap, plan: Plan, layout: str, full: Mapping[str, int], held: Mapping[str, int]
+    weights: Sequence[Weight], layout: str, full: Mapping[str, int], held: Mapping[str, int]
 ) -> dict[tuple[str, str], float]:
-    """For each half, the bytes in memory that a weight in a plan's layout adds to full precision."""
+    """For each half, the bytes in memory that a weight in a layout adds to full precision; these weights were in it."""
     found = {}
     for half in full:
-        inside = [w.numel for c in linears.components for w in c.weights if plan[c.name] and half_of(w) == half]
-        if inside:
-            found[half, layout] = (held[half] - full[half]) / sum(inside)
+        if inside := sum(weight.numel for weight in weights if half_of(weight) == half):
+            found[half, layout] = (held[half] - full[half]) / inside
     return found
 
 

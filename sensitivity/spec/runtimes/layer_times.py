@@ -150,7 +150,7 @@ class LayerTimes:
     def _bytes(self, weight: Weight, scheme: Scheme | None) -> float:
         """The bytes in memory that a weight adds to full precision; none if the runtime never reads it."""
         layout = layout_of(weight, scheme, self.runtime)
-        if layout == NATIVE or not any(tokens_at_once(weight, stage, self.at_once, self.tokens) for stage in STAGES):
+        if layout == NATIVE or not is_read(weight, self.at_once, self.tokens):
             return 0.0
         if (half_of(weight), layout) not in self.memory:
             raise self._unknown(weight, scheme, layout, "memory")
@@ -229,3 +229,8 @@ def tokens_at_once(weight: Weight, stage: str, at_once: Mapping[str, int], token
     if weight.kind in VOCABULARY:
         return 0 if stage == "image" else 1  # logits are computed for the last token alone
     return {"image": 0, "prompt": tokens["prompt"], "token": 1}[stage]
+
+
+def is_read(weight: Weight, at_once: Mapping[str, int], tokens: Mapping[str, int]) -> bool:
+    """Whether a weight is read in any stage; one that is not, as in a layer behind the used output, takes no memory."""
+    return any(tokens_at_once(weight, stage, at_once, tokens) for stage in STAGES)
