@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from PIL import Image
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.openvino import exporter, layout
+from sensitivity.formats.openvino import exporter, layout, trace
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.open_models import TorchHalves
 from sensitivity.formats.timing.side_by_side import bench
@@ -239,6 +240,21 @@ def test_an_export_without_weights_read_by_name(openvino: Any, tmp_path: Path) -
     job = Job(str(folder), parts, Plan.uniform(parts, rtn(4)), dtype=torch.float32)
     found = write(job, tmp_path / "out", "openvino")
     assert found["written"]["bytes"] == found["predicted_size"]["bytes"]
+
+
+def test_graphs_that_are_traced_once_give_the_same_exports(openvino: Any, tmp_path: Path) -> None:
+    """Each export reads the kept graph anew: what one replaced in it is whole again for the next."""
+    folder = str(saved_vlms.save("qwen2_vl", tmp_path / "model"))
+    parts = inspect(folder, by="part")
+
+    def export_hashes(bits: int, name: str) -> dict[str, str]:
+        job = Job(folder, parts, Plan.uniform(parts, rtn(bits)), dtype=torch.float32)
+        write(job, tmp_path / name, "openvino")
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / name).glob("*.bin")}
+
+    plain = {bits: export_hashes(bits, f"plain-{bits}") for bits in (4, 8)}
+    with trace.kept():
+        assert {bits: export_hashes(bits, f"kept-{bits}") for bits in (4, 8)} == plain
 
 
 FAMILIES = ("smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl")

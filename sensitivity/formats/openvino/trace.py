@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.formats.halved.traceable import prepared
@@ -15,27 +18,35 @@ from sensitivity.spec.errors import UserError, reason
 if TYPE_CHECKING:
     from openvino import Model
 
-_kept: dict[tuple[str, str], Model] | None = None  # inside `kept`: (model, half) -> its graph
+_kept: Path | None = None  # inside `kept`: the folder of graphs that are traced already
 
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Inside the block, each half of a model is traced only once: tracing takes longer than writing a small model."""
+    """Inside the block, each half of a model is traced only once: tracing takes longer than writing a small model.
+
+    Graphs are kept as files, since cloning a traced Qwen2-VL-2B in memory ended the process.
+    """
     global _kept
-    _kept = {}
-    try:
-        yield
-    finally:
-        _kept = None
+    with tempfile.TemporaryDirectory() as folder:
+        _kept = Path(folder)
+        try:
+            yield
+        finally:
+            _kept = None
 
 
 def traced(vlm: VLM, half: str) -> Model:
     """One half of a model as an openvino.Model; the input of parameter P is named `parameter_input(P)`."""
     if _kept is None:
         return _traced(vlm, half)
-    if (vlm.name, half) not in _kept:
-        _kept[vlm.name, half] = _traced(vlm, half)
-    return _kept[vlm.name, half].clone()
+    import openvino
+
+    xml = _kept / hashlib.sha256(vlm.name.encode()).hexdigest() / f"{half}.xml"
+    if not xml.exists():
+        xml.parent.mkdir(exist_ok=True)
+        openvino.serialize(_traced(vlm, half), str(xml))
+    return openvino.Core().read_model(xml)
 
 
 def _traced(vlm: VLM, half: str) -> Model:
