@@ -16,7 +16,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from experiments.benchmarks.export import Peak
 from experiments.true_shapes import SHAPES, save
 from sensitivity.formats.table import write
 from sensitivity.formats.writing.job import Job
@@ -38,23 +38,8 @@ SCHEME = Scheme("rtn", 4, 32, True)
 COLUMNS = ("format", "model, GB", "written, GB", "largest weight, GB", "before, GB", "most, GB", "s", "CPU s")
 
 
-class MostMemory:
+class MostMemory(Peak):
     """The most memory that this process and those that it starts hold for themselves within the block, in bytes."""
-
-    def __enter__(self) -> MostMemory:
-        self.before = self.most = self._now()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.01):
-            self.most = max(self.most, self._now())
 
     def _now(self) -> int:
         own = psutil.Process()

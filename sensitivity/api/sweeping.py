@@ -18,8 +18,7 @@ from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.calibrate.statistics import Statistics, check_path
 from sensitivity.measure.forecast.hardware import WORTH_MEMORY, slowdown
 from sensitivity.measure.generate.batches import check_tasks_fit
-from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability
-from sensitivity.measure.loop import run_plans as run_plans
+from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability, run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_both_paths, needs_data, token_weighting

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     requested = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
-    from sensitivity.api.sweeping import with_calibration as calibrated_
+    from sensitivity.api.sweeping import with_calibration
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     vlm, parts, tasks = loaded(args)
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     processes = 1 if args.dry_run else workers.count(args, parts, expected, len(requested))
     with workers.sharing_cores(processes):  # for calibration too: float sums depend on the number of threads
         with show_stages(args.json):
-            schemes, statistics = calibrated_(
+            schemes, statistics = with_calibration(
                 vlm,
                 parts,
                 requested,

@@ -83,8 +83,8 @@ class Curvature:
     def content(self) -> list[Tensor]:
         """The tensors that quantized weights depend on: their hash identifies these statistics in the cache."""
         both = [] if self.paths is None else [self.paths.cross, self.paths.image]
-        total = torch.tensor(self.weight, dtype=torch.float64)
-        return [self.gram, self.magnitude, self.low, self.high, total, *both]
+        totals = torch.tensor([self.weight, self.read], dtype=torch.float64)  # by which the sums are divided
+        return [self.gram, self.magnitude, self.low, self.high, totals, *both]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Curvature:
