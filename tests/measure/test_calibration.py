@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 import weakref
@@ -612,6 +613,22 @@ def test_why_nothing_can_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("sensitivity.measure.calibrate.cache.save_file", fail)
     with pytest.warns(Notice, match=r"calibration is done again by the next run \(.*Input/output error"):
         Cache(tmp_path).fetch({"entry": 1}, lambda: {"x": torch.ones(3)}, torch.device("cpu"))
+
+
+def test_a_full_cache_is_seldom_looked_through_and_keeps_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look takes as long as there are files: one for every entry would take most of a long sweep's time."""
+    looks, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: looks.append(folder) or scandir(folder))
+    cache, device = Cache(tmp_path, limit_gb=4e-4), torch.device("cpu")
+    for number in range(600):
+        cache.store({"number": number}, {"x": torch.full((250,), float(number))}, device)  # 1 kB, and its header
+        if number % 50 == 49:
+            assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 4e5 + 300 * 4  # headers are not counted
+    assert cache.load({"number": 599}, device) is not None
+    assert cache.load({"number": 0}, device) is None
+    assert 1 < len(looks) < 250
 
 
 def fetching(folder: Path, limit: float, times: int) -> int:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import discard, replacing
 from sensitivity.spec.sizes import GB
 
+UNSEEN = 0.01  # share of the limit that is written before a cache looks again at what its folder holds
 GONE = "No such file"  # in the message of the system where a folder was deleted meanwhile
 VERSION = 7  # raised when the meaning of an entry changes
 
@@ -40,12 +41,17 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cache:
-    """Tensors in files named after the hash of a description; the least recently used files are deleted first."""
+    """Tensors in files named after the hash of a description; the least recently used files are deleted first.
+
+    The folder is looked through only now and then, since that takes as long as it has files. So each further process
+    that writes to it may exceed the limit by the share UNSEEN.
+    """
 
     folder: Path
     limit_gb: float = 8.0
+    _room: float = field(default=0.0, init=False, repr=False)  # bytes that may be written before the next look
 
     def fetch(
         self, description: Mapping[str, object], make: Callable[[], Mapping[str, Tensor]], device: torch.device
@@ -79,8 +85,9 @@ class Cache:
                 with replacing(file) as unfinished:
                     save_file(unshared, unfinished, metadata={"about": text})
             except (OSError, SafetensorError, UserError) as error:
-                # that the folder was deleted meanwhile is no reason to warn
-                if GONE not in f"{error} {error.__cause__}":
+                # that the folder was deleted meanwhile, or between two looks of mkdir, is no reason to warn
+                made_anew = isinstance(error, FileExistsError) and not self.folder.is_file()
+                if GONE not in f"{error} {error.__cause__}" and not made_anew:
                     kept = f"nothing can be kept in {self.folder}: calibration is done again by the next run ({error})"
                     warnings.warn(kept, Notice, stacklevel=2)
 
@@ -97,16 +104,24 @@ class Cache:
 
     def _make_room(self, size: int) -> None:
         """Delete the least recently used entries until the new one fits; other processes may do the same."""
-        entries = []
-        for file in self.folder.glob("*.safetensors"):
-            with suppress(FileNotFoundError):
-                entries.append((file.stat().st_mtime_ns, file.stat().st_size, file))
+        if size <= self._room:
+            self._room -= size
+            return
+        limit, entries = self.limit_gb * GB, []
+        with os.scandir(self.folder) as files:
+            for file in files:
+                if file.name.endswith(".safetensors"):
+                    with suppress(FileNotFoundError):
+                        entries.append((file.stat().st_mtime_ns, file.stat().st_size, Path(file.path)))
         total = size + sum(entry[1] for entry in entries)
-        for _, bytes_, file in sorted(entries, key=lambda entry: entry[0]):
-            if total <= self.limit_gb * GB:
+        # a full folder is emptied a bit further, or the next entry would have to look through it again
+        goal = limit if total <= limit else max((1 - UNSEEN) * limit, size)
+        for _, bytes_, path in sorted(entries, key=lambda entry: entry[0]):
+            if total <= goal:
                 break
-            if discard(file, _is_entry(file)):  # the folder may also hold foreign files, which stay
+            if discard(path, _is_entry(path)):  # the folder may also hold foreign files, which stay
                 total -= bytes_
+        self._room = max(0.0, min(limit - total, UNSEEN * limit))
 
 
 def _is_entry(file: Path) -> bool:
