@@ -58,6 +58,14 @@ def test_studies_are_paired_on_the_examples_that_both_have_seen(pair: tuple[Stud
     assert full.words.startswith("No difference is shown")
 
 
+def test_sizes_that_are_counted_differently_are_said(pair: tuple[Study, Study], tmp_path: Path) -> None:
+    counted = answered.study(tmp_path / "counted", [task("vqa", n=100)], worse(2), ["vqa"], runtime="openvino")
+    (note,) = compare_sides(side(str(pair[1].path)), side(str(counted.path))).notes
+    assert note == (
+        "they count sizes differently: in no format in A, in openvino files in B; the same bpw is not the same size"
+    )
+
+
 def test_budgets_compare_the_best_measured_plans_within_them(pair: tuple[Study, Study]) -> None:
     rows = [row for row in compare_sides(side(str(pair[0].path)), side(str(pair[1].path))).rows if "within" in row.what]
     assert rows

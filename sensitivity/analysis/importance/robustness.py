@@ -151,7 +151,7 @@ def cautions(observations: Observations, ranking: Ranking, levels: pd.DataFrame)
             warnings.append(
                 f"this ranking rests on {worst['component']} at {worst['bits']} bits: without those "
                 f"{count(worst['trials'], 'trial')} the share of {worst['moves']} changes by {worst['shift']:+.0f} "
-                f"points{first}; see the ranking near the operating point (sensitivity rank STUDY --near 0.9)"
+                f"points{first}; see the ranking near the operating point (`sensitivity rank STUDY --near 0.9`)"
             )
     if ranking.r2 < 0.5:
         warnings.append(
