@@ -25,7 +25,7 @@ from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
-from sensitivity.api.planning import OPENING, begin_plan, scored, search_examples
+from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, scored, search_examples
 from sensitivity.api.recommending import begin_recommendation, recommend_each
 from sensitivity.api.sweeping import begin_sweep, sweep, with_calibration
 from sensitivity.models.vlm import VLM
@@ -39,21 +39,26 @@ ROOT = Path(__file__).parent.parent.parent
 TABLE = ROOT / "reports" / "quick-plans.csv"
 BITS, TRIALS = (2, 3, 4, 6, 8), 60
 ABOVE = (0.25, 0.6, 1.2)  # budgets, in bits per weight above the smallest plan
+SEVEN = (0.15, 0.25, 0.4, 0.6, 0.9, 1.2, 1.8)
 TESTED = 90_000_000  # seed of the examples that no chooser saw
 
 
-def budgets(parts: ComponentMap) -> tuple[float, ...]:
+def budgets(parts: ComponentMap, above: Sequence[float] = ABOVE) -> tuple[float, ...]:
     least = size(parts, Plan.uniform(parts, scheme("gptq", min(BITS)))).bpw
-    return tuple(round(least + above, 2) for above in ABOVE)
+    return tuple(round(least + more, 2) for more in above)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The schemes that plans are chosen from, and the data that they are calibrated on: by default the task's."""
+    """The schemes that plans are chosen from, the data that they are calibrated on (by default the task's), budgets."""
 
     schemes: tuple[Scheme, ...] = tuple(scheme("gptq", bits) for bits in BITS)
     calibration: str = ""
     examples: int = 128
+    above: tuple[float, ...] = ABOVE
+
+
+ASKED = Asked(above=SEVEN)
 
 
 def by_sweep(
@@ -66,22 +71,31 @@ def by_sweep(
     study, steps = begin_sweep(vlm, parts, listed, [task], folder, n=n, seed=seed, statistics=statistics)
     for _ in steps:
         pass
-    chosen = recommend_each(study, PlanRequest(budgets(parts), {study.tasks[0]: 1.0}), vlm)
+    chosen = recommend_each(study, PlanRequest(budgets(parts, asked.above), {study.tasks[0]: 1.0}), vlm)
     return [one.plan for one in chosen], time.process_time() - began
 
 
 def by_plan(
-    vlm: VLM, parts: ComponentMap, task: str, n: int, seed: int, folder: Path, asked: Asked = Asked()
+    vlm: VLM,
+    parts: ComponentMap,
+    task: str,
+    n: int,
+    seed: int,
+    folder: Path,
+    asked: Asked = Asked(),
+    trials: int = MAX_EVALUATIONS,
 ) -> tuple[dict[str, list[Plan]], dict[str, float], int]:
     """What `sensitivity plan` chooses; the optima of its scores alone; seconds of each; and how many plans it ran."""
     os.environ["SENSITIVITY_CACHE"] = f"{folder}-cache"  # an empty one
     began = time.process_time()
     found = scored(vlm, parts, asked.schemes, [asked.calibration or task], OPENING, asked.examples)
-    request = PlanRequest(budgets(parts), {task: 1.0}, top=2)
+    request = PlanRequest(budgets(parts, asked.above), {task: 1.0}, top=2)
     scoring = time.process_time() - began
     statistics = found.given.statistics
     few = search_examples(n, [])
-    planning = begin_plan(vlm, parts, [task], folder, request, found.scores, n=few, seed=seed, statistics=statistics)
+    planning = begin_plan(
+        vlm, parts, [task], folder, request, found.scores, trials, n=few, seed=seed, statistics=statistics
+    )
     for _ in planning.steps:
         pass
     chosen, steps = begin_recommendation(
@@ -115,13 +129,13 @@ def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.Data
             schemes, _ = with_calibration(vlm, parts, [scheme("gptq", bits) for bits in BITS], [task])
             swept, seconds = kept(before, schemes)
         else:
-            swept, seconds = by_sweep(vlm, parts, task, n, seed, Path(place) / "sweep")
-        plans, costs, ran = by_plan(vlm, parts, task, n, seed, Path(place) / "plan")
+            swept, seconds = by_sweep(vlm, parts, task, n, seed, Path(place) / "sweep", ASKED)
+        plans, costs, ran = by_plan(vlm, parts, task, n, seed, Path(place) / "plan", ASKED)
         plans, costs = {"sweep": swept, **plans}, {"sweep": seconds, **costs}
         every = list(dict.fromkeys(plan for chosen in plans.values() for plan in chosen))
         tested = sweep(vlm, parts, every, [task], Path(place) / "test", n=test, seed=TESTED)
         rows = []
-        for i, bpw in enumerate(budgets(parts)):
+        for i, bpw in enumerate(budgets(parts, ASKED.above)):
             base = tested.examples(plans["sweep"][i])
             assert base is not None
             for chooser, chosen in plans.items():

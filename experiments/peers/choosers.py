@@ -14,7 +14,7 @@ from experiments.benchmarks.quick_plans import BITS, Asked, budgets, by_plan, by
 from experiments.peers.autoround import delta_loss
 from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import Scores, optimum
-from sensitivity.api.planning import scored
+from sensitivity.api.planning import MAX_EVALUATIONS, scored
 from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.attribution.blame import blame_of
 from sensitivity.measure.attribution.calibrated import Calibrated
@@ -31,6 +31,7 @@ from sensitivity.spec.sizes import budget_bits, size
 
 INTEGRATED, PASSES = 32, 12  # examples, and backward passes at most, of a path integral
 BASE = "sweep"  # what all others are compared with
+PLANS = {"plan": MAX_EVALUATIONS, "plan, 40 trials": 40}  # how many plans it may run before the verification
 
 
 GPTQ = Asked()
@@ -101,10 +102,11 @@ def choices(setting: Setting, n: int, folder: Path) -> tuple[VLM, ComponentMap, 
     if BASE not in found.plans:
         with tempfile.TemporaryDirectory() as place:
             found.add(BASE, *by_sweep(vlm, parts, setting.task, n, 0, Path(place) / "sweep", setting.asked))
-    if "plan" not in found.plans:
-        with tempfile.TemporaryDirectory() as place:
-            plans, costs, _ = by_plan(vlm, parts, setting.task, n, 0, Path(place) / "plan", setting.asked)
-        found.add("plan", plans["plan"], costs["plan"])
+    for name, trials in PLANS.items():
+        if name not in found.plans:
+            with tempfile.TemporaryDirectory() as place:
+                plans, costs, _ = by_plan(vlm, parts, setting.task, n, 0, Path(place) / "plan", setting.asked, trials)
+            found.add(name, plans["plan"], costs["plan"])
     with tempfile.TemporaryDirectory() as place:
         os.environ["SENSITIVITY_CACHE"] = place
         if "one at a time" not in found.plans:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.peers.choosers import BASE, SETTINGS, WHO
+from experiments.peers.choosers import BASE, PLANS, SETTINGS, WHO
 from sensitivity.measure.loop import versions
 
 MARGIN = 0.01  # a loss of the mean score that counts
@@ -40,13 +40,13 @@ def said(table: pd.DataFrame, known: list[str]) -> list[str]:
     lines = []
     for name in known:
         rows = means(table, name)
-        groups = {what: [one for one, row in rows.iterrows() if one not in (BASE, "uniform", "plan", "one at a time")
+        groups = {what: [one for one, row in rows.iterrows() if one not in (BASE, *PLANS, "uniform", "one at a time")
                          and verdict(row["low"], row["high"]) == what] for what in (GOOD, BAD, OPEN)}  # fmt: skip
         texts = [f"{what} as measuring: {', '.join(own)}" if what == GOOD else f"{what}: {', '.join(own)}"
                  for what, own in groups.items() if own]  # fmt: skip
-        quick = verdict(*rows.loc["plan", ["low", "high"]])
+        quick = [f"`{plan}`: {verdict(*rows.loc[plan, ['low', 'high']])}" for plan in PLANS if plan in rows.index]
         lines.append(f"* **{name}** ({SETTINGS[name].model}, {SETTINGS[name].says}). Scores {'; '.join(texts)}. "
-                     f"`plan`: {quick}.")  # fmt: skip
+                     f"{'; '.join(quick)}.")  # fmt: skip
     return lines
 
 

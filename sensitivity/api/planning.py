@@ -5,14 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
+
+import numpy as np
 
 from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import Candidate, mean_share
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.search.openings import openings_then_proposals
@@ -39,6 +43,8 @@ MAX_EVALUATIONS = 10  # real evaluations, full precision included
 OPENING = ("gram", "kfac")  # the scores whose best plans are measured first
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
+ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
+MORE = 4  # how many times more trials are advised where a plan loses more than that
 EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
 
 
@@ -141,25 +147,67 @@ def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[At
 
 
 def proposal(study: Study, request: PlanRequest) -> list[Plan]:
-    """The surrogate's best plan for each budget, ordered by its predicted gain over the best measured plan.
+    """Plans worth a measurement, the one with the largest gain over a budget's best measured plan first.
 
-    A gain below the standard error of one measured score is left to the verification, which runs more examples.
+    First the surrogate's best plan for each budget, by predicted gain. A gain below the standard error of one measured
+    score is left to the verification, which runs more examples. Where nothing gains and a budget's best plan still
+    loses much, scores and surrogate misjudge the model: then plans near the best ones are measured, whatever they gain.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
-    scores = predicted_shares(study, knapsack, request.weights)
     total = sum(request.weights.values())
     least = sum(
         weight / total * (observations_of(study, task).noise or 0.0) / (knapsack.full(task) or 1.0)
         for task, weight in request.weights.items()
     )
     gains: list[tuple[float, Plan]] = []
-    for bpw, (ranked, _) in zip(request.bpw, proposed(study, replace(request, top=1)), strict=True):
+    nearby: list[tuple[float, Plan]] = []
+    kept = kept_shares(study, request, knapsack)
+    for bpw, known, (ranked, _) in zip(request.bpw, kept, proposed(study, replace(request, top=1)), strict=True):
         best = ranked[0]
-        known = [
-            scores[t.key] for t in study.measured() if t.key in scores and _fits(study.parts, t.plan, bpw, request)
-        ]
-        gains.append((mean_share(best.predicted, request.weights) - max(known, default=-1.0), best.plan))
-    return [plan for gain, plan in sorted(gains, key=lambda one: -one[0]) if gain > least]
+        gains.append((mean_share(best.predicted, request.weights) - max(known.values(), default=-1.0), best.plan))
+        if known and max(known.values()) < ENOUGH:
+            nearby += plans_near(
+                knapsack,
+                budget_bits(study.parts, bpw),
+                request.weights,
+                known,
+                partial(_fits, study.parts, bpw=bpw, request=request),
+                np.random.default_rng(len(study.measured())),
+            )
+    found = [plan for gain, plan in _by_gain(gains) if gain > least]
+    return list(dict.fromkeys([*found, *(plan for _, plan in _by_gain(nearby))]))
+
+
+def _by_gain(plans: Iterable[tuple[float, Plan]]) -> list[tuple[float, Plan]]:
+    """Plans with their gains, the largest first."""
+    return sorted(plans, key=lambda one: -one[0])
+
+
+def kept_shares(study: Study, request: PlanRequest, knapsack: Knapsack) -> list[dict[Plan, float]]:
+    """For each budget, the share of full precision that each measured plan within it is believed to keep."""
+    scores = predicted_shares(study, knapsack, request.weights)
+    known = {trial.plan: scores[trial.key] for trial in study.measured() if trial.key in scores}
+    return [
+        {plan: share for plan, share in known.items() if _fits(study.parts, plan, bpw, request)} for bpw in request.bpw
+    ]
+
+
+def warn_if_scores_misjudge(study: Study, request: PlanRequest, trials: int) -> None:
+    """Warn if all trials are used up, and the best measured plan of a budget still loses much."""
+    if len(study.trials()) < trials:
+        return
+    knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
+    kept = kept_shares(study, request, knapsack)
+    lost = [(bpw, max(one.values())) for bpw, one in zip(request.bpw, kept, strict=True) if one]
+    if lost := [(bpw, share) for bpw, share in lost if share < ENOUGH]:
+        which = ", ".join(f"{share:.0%} at {bpw:g} bpw" for bpw, share in lost)
+        warnings.warn(
+            f"the {len(study.trials())} measured plans keep little of full precision (at most {which}): scores from "
+            f"calibration say little about plans that lose so much, and measurements find better ones; --trials "
+            f"{MORE * trials} goes on from here",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:

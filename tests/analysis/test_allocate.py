@@ -14,6 +14,7 @@ from planted import frame
 
 from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.recommendation import judge, unmeasured
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.surrogate.space import Space
@@ -21,7 +22,7 @@ from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by, merge_groups, tied_groups
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import size
+from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study.study import Study
 
 FOUR = planted.parts(("vision.front", "vision.end", "connector", "language"), (700, 900, 100, 2500))
@@ -37,6 +38,25 @@ def rough(seed: int) -> planted.Formula:
         return np.asarray(np.exp(-each.sum(axis=1) - 2 * each[:, 0] * each[:, -1]))
 
     return formula
+
+
+def test_plans_near_the_best_are_all_that_differ_in_two_components(tmp_path: Path) -> None:
+    study = planted.study(tmp_path, {"a": rough(0)}, 0.01, levels=(2, 3, 8), components=FOUR)
+    knapsack = Knapsack.of(study, ["a"])
+    every = np.array(list(itertools.product(*(range(len(o)) for o in knapsack.space.choices))))
+    best, budget = study.measured()[5].plan, budget_bits(FOUR, 4)
+    known = {best: 0.3}
+    apart = (every != knapsack.space.encode([best])[0]).sum(axis=1)
+    near = [knapsack.space.decode(row) for row in every[(apart > 0) & (apart <= 2)]]
+    fitting = {plan for plan in near if size(FOUR, plan).bits <= budget}
+    found = plans_near(knapsack, budget, {"a": 1.0}, known, lambda plan: True, np.random.default_rng(0))
+    assert {plan for _, plan in found} == fitting
+    assert len(found) == len(fitting) > 4
+    first = max(found, key=lambda one: one[0])[1]  # what gains most is predicted to score more than most
+    predicted = {plan: one["a"].score for plan, one in zip(fitting, knapsack.predicted(list(fitting)), strict=True)}
+    assert predicted[first] > np.median(list(predicted.values()))
+    allowed = plans_near(knapsack, budget, {"a": 1.0}, known, lambda plan: plan == first, np.random.default_rng(0))
+    assert [plan for _, plan in allowed] == [first]
 
 
 @pytest.mark.parametrize("seed", range(4))

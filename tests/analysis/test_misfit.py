@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +181,30 @@ def test_clear_readings_overrule_predictions() -> None:
     predicted = [Predicted(0.9, 0.899, 0.901, 1.0), Predicted(0.8, 0.799, 0.801, 1.0)]
     likely = shrunk_scores(predicted, _frames([0.5, 0.8], 0.01, 0))
     assert likely[1] > likely[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_damages_in_noise_are_not_taken_for_a_floor(seed: int) -> None:
+    """Eight noisy readings of plans of 20 components that lose 1 to 7 %: more bits are predicted to be better."""
+    draw, names = np.random.default_rng(seed), [f"part.{i}" for i in range(20)]
+    schemes = {bits: Scheme("codes", bits) for bits in (2, 3, 4, 6, 8)}
+    expected = {name: {s: sure * np.exp(2 - b) for b, s in schemes.items()} for name, sure in
+                zip(names, draw.lognormal(0, 1, 20), strict=True)}  # fmt: skip
+    true = {name: {s: 0.002 * damage * draw.lognormal(0, 0.5) for s, damage in row.items()}
+            for name, row in expected.items()}  # fmt: skip
+
+    def plan(widths: Iterable[int]) -> Plan:
+        return Plan(tuple((name, schemes.get(int(bits))) for name, bits in zip(names, widths, strict=True)))
+
+    def score(one: Plan) -> float:
+        return 0.97 * math.exp(-sum(true[name][s] for name, s in one.schemes if s))
+
+    plans = [plan([16] * 20), *(plan(draw.choice([2, 3, 4] if i < 5 else [3, 4, 6], 20)) for i in range(8))]
+    space = Space.of(plans[:1], expected)
+    readings = np.array([0.97, *(score(one) + 0.027 * draw.standard_normal() for one in plans[1:])])
+    model = fit_surrogate(space, space.encode(plans), readings, 0.97, np.full(9, 0.027), expected=expected)
+    uniform = [plan([bits] * 20) for bits in schemes]
+    predicted = model.predict(space.encode(uniform))
+    assert (np.diff(predicted) >= 0).all()
+    assert predicted[2] > predicted[0] + 0.01
+    assert predicted == pytest.approx([score(one) for one in uniform], abs=0.06)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ PAIRS = 6  # most interaction terms
 MIN_STEP = 1e-5  # least expected step, as a share of the largest
 PRIOR = (1.5, 1.0)  # spread of the logarithms of components and of steps around the formula's expectation
 EXPECTED_PRIOR = (0.8, 0.5)  # the same, around expected damages of this model
+LEVEL, LEVELS = 3, np.arange(-8.0, 1.5, 0.5)  # the place of damage's level in theta, and those that a fit may start at
 MAX_ERROR_SHARE = 0.8  # expected damages are dropped if the error without them is below this share of that with them
 MIN_IMPROVEMENT = 0.03  # an interaction term stays if it lowers the residual error by at least this share
 
@@ -248,6 +250,8 @@ def _fit(
         def slopes(t: Floats, scale: float = scale) -> Floats:
             return np.concatenate([formula.jacobian(t, index) / scale, np.diag(1 / spread)])
 
+        if before is None and theta is center:
+            theta = _start(center, residuals)
         solution = least_squares(
             residuals, theta, jac=slopes, method="lm", max_nfev=100 if before is None else 30, xtol=1e-6, ftol=1e-6
         )
@@ -263,6 +267,16 @@ def _fit(
     values, vectors = np.linalg.eigh(inverse)
     root = vectors * np.sqrt(np.maximum(values, 0))
     return Surrogate(space, pairs, theta, root, sigma, formula)
+
+
+def _start(center: Floats, residuals: Callable[[Floats], Floats]) -> Floats:
+    """The prior's mean, with the level of damage that fits best.
+
+    From a level at which all plans seem to lose everything, a fit does not find back: their scores have no slope there,
+    so that the floor becomes their mean.
+    """
+    starts = [np.concatenate([center[:LEVEL], [level], center[LEVEL + 1 :]]) for level in LEVELS]
+    return min(starts, key=lambda theta: float(np.sum(residuals(theta) ** 2)))
 
 
 def _missing_pair(model: Surrogate, index: Floats, score: Floats) -> tuple[int, int] | None:

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         scored,
         search_examples,
         warn_if_calibration_is_easier,
+        warn_if_scores_misjudge,
     )
     from sensitivity.measure.generate.batches import check_tasks_fit
 
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     else:
         show_progress(planning.steps, "measuring", planning.study, args.trials, left)
     warn_if_calibration_is_easier(scoring.given, planning.study)
+    warn_if_scores_misjudge(planning.study, planning.request, args.trials)
     return _verified(args, vlm, scoring, planning.study, planning.request, planning.proposals())
 
 
