@@ -208,3 +208,13 @@ def test_small_damages_in_noise_are_not_taken_for_a_floor(seed: int) -> None:
     assert (np.diff(predicted) >= 0).all()
     assert predicted[2] > predicted[0] + 0.01
     assert predicted == pytest.approx([score(one) for one in uniform], abs=0.06)
+    low, high = np.quantile(model.draws(space.encode(uniform)), [0.025, 0.975], axis=0)
+    assert ((low < [score(one) for one in uniform]) & ([score(one) for one in uniform] < high)).all()
+    assert (high - low)[1:].max() < 0.2
+    wide = np.quantile(model.draws(space.encode(uniform), explore=True), [0.025, 0.975], axis=0)
+    assert (wide[1] - wide[0])[1] > 2 * (high - low)[1]  # some draw predicts half of every measured score
+    weights = model.formula.sensitivity(model.theta, model.measured) ** 2
+    weights /= weights.sum()
+    slopes = approx_fprime(model.theta, lambda x: model.formula.mean_exponent(x, model.measured, weights), 1e-6)
+    ours = model.formula.exponent_slopes(model.theta, model.measured, weights)
+    np.testing.assert_allclose(ours, slopes, rtol=1e-3, atol=1e-4)

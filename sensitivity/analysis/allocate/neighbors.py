@@ -38,7 +38,7 @@ def plans_near(
     if not plans:
         return []
     index = knapsack.space.encode(plans)
-    drawn = sum(share * knapsack.models[task].draws(index, draw) for task, share in shares.items())
+    drawn = sum(share * knapsack.models[task].draws(index, draw, explore=True) for task, share in shares.items())
     gains = np.maximum(drawn - max(known.values()), 0.0).mean(axis=0)
     return list(zip(gains.tolist(), plans, strict=True))
 

@@ -164,7 +164,7 @@ class FrontierSampler(BaseSampler):
         """
         steps = self.predicted_frontier(model, index)
         rows = np.concatenate([pool, *(row[None] for _, row in steps)])
-        drawn = model.draws(rows, self.draw, draws) if draws else model.predict(rows)[None]
+        drawn = model.draws(rows, self.draw, draws, explore=True) if draws else model.predict(rows)[None]
         drawn, at_steps = drawn[:, : len(pool)], drawn[:, len(pool) :]
         # below the smallest measured plan, the score to beat is 0, or less where scores can be negative
         below = np.minimum(0.0, drawn.min(axis=1, keepdims=True))

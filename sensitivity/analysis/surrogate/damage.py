@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 Floats = np.ndarray
+LEAST_ETA = 1e-9  # the least total damage of which a logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ class DamageModel:
 
     def predict(self, theta: Floats, index: Floats) -> Floats:
         """Predicted scores of plans; a plan is a row of positions among the choices of each component."""
-        damages = np.column_stack([d[index[:, c]] for c, d in enumerate(self.damages(theta))])
-        return np.asarray(self.curve(theta, self.eta(theta, damages))[0])
+        return np.asarray(self.curve(theta, self._eta_of(theta, index))[0])
 
     def eta(self, theta: Floats, damages: Floats) -> Floats:
         """Total damage of each plan: summed over components, plus the products of interacting pairs."""
@@ -111,7 +111,7 @@ class DamageModel:
     def curve(self, theta: Floats, eta: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """The score, the remaining fraction exp(-eta ** power), and the score's derivatives by eta and by log power."""
         top, floor, power = theta[0], theta[1], self.power(theta)
-        eta = np.maximum(eta, 1e-9)  # the derivatives divide by eta and take its logarithm
+        eta = np.maximum(eta, LEAST_ETA)  # the derivatives divide by eta and take its logarithm
         exponent = np.minimum(eta**power, 700.0)  # exp(-700) is about the smallest double
         remaining = np.exp(-exponent)
         # derivative by log(eta ** power); the chain rule gives the two that are returned
@@ -130,13 +130,39 @@ class DamageModel:
 
         In closed form: finite differences would cost a prediction per parameter in every iteration of the fit.
         """
+        eta, out = self._eta_and_slopes(theta, index)
+        _, remaining, by_eta, by_power = self.curve(theta, eta)
+        out *= by_eta[:, None]
+        out[:, 0], out[:, 1], out[:, 2] = remaining, 1 - remaining, by_power
+        return out
+
+    def mean_exponent(self, theta: Floats, index: Floats, weights: Floats) -> float:
+        """The weighted mean over plans of log(eta ** power)."""
+        return self.power(theta) * float(weights @ np.log(np.maximum(self._eta_of(theta, index), LEAST_ETA)))
+
+    def exponent_slopes(self, theta: Floats, index: Floats, weights: Floats) -> Floats:
+        """Derivatives of `mean_exponent` by each entry of theta."""
+        eta, slopes = self._eta_and_slopes(theta, index)
+        out = np.asarray(self.power(theta) * (weights @ (slopes / np.maximum(eta, LEAST_ETA)[:, None])))
+        out[2] = self.mean_exponent(theta, index, weights)  # power is the exponential of this entry
+        return out
+
+    def sensitivity(self, theta: Floats, index: Floats) -> Floats:
+        """How far each plan's score moves with log(eta ** power)."""
+        _, remaining, _, _ = self.curve(theta, self._eta_of(theta, index))
+        return np.asarray((theta[0] - theta[1]) * remaining * -np.log(np.maximum(remaining, 1e-300)))
+
+    def _eta_of(self, theta: Floats, index: Floats) -> Floats:
+        """Total damage of each plan."""
+        return self.eta(theta, np.column_stack([d[index[:, c]] for c, d in enumerate(self.damages(theta))]))
+
+    def _eta_and_slopes(self, theta: Floats, index: Floats) -> tuple[Floats, Floats]:
+        """Total damage of each plan, and its derivatives by each entry of theta, plans x entries."""
         steps, flat = self.steps_and_damages(theta)
         parts, gammas = len(self.sizes), theta[self.length - len(self.pairs) :]
         padded = [np.concatenate([[0.0], flat[a:b]]) for a, b in itertools.pairwise(self.first)]
         damages = np.column_stack([d[index[:, c]] for c, d in enumerate(padded)])
-        _, remaining, by_eta, by_power = self.curve(theta, self.eta(theta, damages))
         out = np.zeros((len(index), self.length))
-        out[:, 0], out[:, 1], out[:, 2] = remaining, 1 - remaining, by_power
         by_step = np.zeros((len(index), self.steps))
         for c, first in enumerate(self.first[:-1]):
             # derivative of eta by the damage of component c: 1, plus gamma times the damage of each of its partners
@@ -145,12 +171,12 @@ class DamageModel:
                 weight = weight + (gamma * damages[:, b] if a == c else gamma * damages[:, a] if b == c else 0.0)
             used = index[:, c] > 0  # native has no steps
             by_step[used] += weight[used, None] * self.chain[first + index[used, c] - 1]
-        by_step *= by_eta[:, None] * steps  # parameters enter as the logarithm of a step, whose derivative is the step
+        by_step *= steps  # parameters enter as the logarithm of a step, whose derivative is the step
         out[:, 3] = by_step.sum(axis=1)
         out[:, 4] = by_step @ self.below_four
         out[:, 5 + parts : 5 + parts + self.steps] = by_step
         for c in range(parts):
             out[:, 5 + c] = by_step[:, self.owner == c].sum(axis=1)
         for k, (a, b) in enumerate(self.pairs):
-            out[:, self.length - len(self.pairs) + k] = by_eta * damages[:, a] * damages[:, b]
-        return out
+            out[:, self.length - len(self.pairs) + k] = damages[:, a] * damages[:, b]
+        return self.eta(theta, damages), out

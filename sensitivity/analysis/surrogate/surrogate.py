@@ -44,6 +44,7 @@ class Surrogate:
     root: Floats
     sigma: float  # standard deviation of one measured score around its plan's predicted one
     formula: DamageModel = field(repr=False)
+    measured: Floats = field(repr=False)  # the quantized plans that it was fitted to
     misfit: Misfit | None = field(default=None, repr=False)
 
     def damages(self, theta: Floats | None = None) -> list[Floats]:
@@ -69,13 +70,19 @@ class Surrogate:
         """Parameter vectors drawn from the normal distribution with the fit's mean and covariance."""
         return np.asarray(self.theta + draw.standard_normal((times, self.root.shape[1])) @ self.root.T)
 
-    def draws(self, index: Floats, draw: np.random.Generator | None = None, times: int = DRAWS) -> Floats:
+    def draws(
+        self, index: Floats, draw: np.random.Generator | None = None, times: int = DRAWS, explore: bool = False
+    ) -> Floats:
         """Scores of plans drawn from their uncertainty, draws x plans; without a generator, the same at every call.
 
         What the formula misses is drawn for each plan by itself, so draws hold for plans, not for their differences.
+        explore: with parameters as `sample` draws them. After few scores these predict far wider than what was measured
+        allows, which a search needs where expected damages are wrong.
         """
         draw = draw or np.random.default_rng(0)
         thetas = self.sample(draw, times)
+        if not explore:
+            thetas = self._near_scores(thetas)
         scores = np.stack([self.formula.predict(theta, index) for theta in thetas])
         if self.misfit is None:
             return scores
@@ -84,6 +91,24 @@ class Surrogate:
         missed = self.misfit.spread(index, covariance) * draw.standard_normal(scores.shape)
         middle = self.predict(index)
         return np.asarray(middle + self.misfit.stretch * (scores + missed - middle))
+
+    def _near_scores(self, thetas: Floats) -> Floats:
+        """Drawn vectors, each with the level of damage that keeps its predictions near the measured scores.
+
+        Scores decide the mean of log(eta ** power) over the plans whose scores it moves, but level and power only
+        together, and not along a straight line: of vectors drawn from a normal distribution, few predict what was
+        measured. So the level is set to what gives the mean that the same draw has where it is taken as linear.
+        """
+        weights = self.formula.sensitivity(self.theta, self.measured) ** 2
+        if not weights.sum() > 0:
+            return thetas
+        near, plans, weights = thetas.copy(), self.measured, weights / weights.sum()
+        slopes = self.formula.exponent_slopes(self.theta, plans, weights)
+        wanted = self.formula.mean_exponent(self.theta, plans, weights) + (thetas - self.theta) @ slopes
+        for theta, one in zip(near, wanted, strict=True):
+            missed = one - self.formula.mean_exponent(theta, plans, weights)
+            theta[LEVEL] += missed / self.formula.power(theta)
+        return near
 
     @property
     def power(self) -> float:
@@ -266,7 +291,7 @@ def _fit(
     # not Cholesky's root: rounding can make a nearly singular covariance slightly indefinite
     values, vectors = np.linalg.eigh(inverse)
     root = vectors * np.sqrt(np.maximum(values, 0))
-    return Surrogate(space, pairs, theta, root, sigma, formula)
+    return Surrogate(space, pairs, theta, root, sigma, formula, index[(index > 0).any(axis=1)])
 
 
 def _start(center: Floats, residuals: Callable[[Floats], Floats]) -> Floats:
