@@ -129,9 +129,10 @@ def test_a_search_needs_fewer_plans_with_a_prior_and_not_half_more_with_a_wrong_
     right = transfer_from(study(tmp_path / "s"), WHOLE, SCHEMES)
     wrong = {name: right[other] for name, other in zip(right, ("connector", "language", "vision"), strict=True)}
     found = {
-        name: sum(steps_to(planted.product(BITS), SPACE, sizes, expected, seed) for seed in range(3))
+        # the median: rounding alone makes one search in ten twice as long
+        name: np.median([steps_to(planted.product(BITS), SPACE, sizes, expected, seed) for seed in range(5)])
         for name, expected in (("right", right), ("none", None), ("wrong", wrong))
     }
     assert found["right"] < found["none"]
-    # a tenth more is wanted, and missed: 38 plans instead of 33, and with other rounding errors 40 instead of 31
+    # a tenth more is wanted, and missed: 13.7 plans instead of 10.3 on average over 12 seeds
     assert found["wrong"] <= 1.5 * found["none"]
