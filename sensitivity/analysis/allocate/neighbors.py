@@ -27,7 +27,7 @@ def plans_near(
     known: the share of full precision that each measured plan within the budget keeps. weights: how much each task
     counts. A gain is a mean over scores drawn from the surrogate's uncertainty, so that it is never negative.
     """
-    rows = neighbors(knapsack, sorted(known, key=lambda plan: -known[plan])[:NEAR])
+    rows = changed_at_most_twice(knapsack, sorted(known, key=lambda plan: -known[plan])[:NEAR])
     bits = sum(sizes[rows[:, c]] for c, sizes in enumerate(knapsack.bits)) + knapsack.kept
     rows = rows[bits <= budget]
     total = sum(weights.values())
@@ -43,7 +43,7 @@ def plans_near(
     return list(zip(gains.tolist(), plans, strict=True))
 
 
-def neighbors(knapsack: Knapsack, plans: list[Plan]) -> Floats:
+def changed_at_most_twice(knapsack: Knapsack, plans: list[Plan]) -> Floats:
     """All plans that differ from a given one in at most two components, as rows of positions."""
     counts = [len(options) for options in knapsack.space.choices]
     single = [(c, choice) for c, count in enumerate(counts) for choice in range(count)]
