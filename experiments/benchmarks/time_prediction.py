@@ -22,7 +22,7 @@ import torch
 from scipy.stats import spearmanr
 
 from experiments.true_shapes import save
-from sensitivity.formats.openvino.trace import kept as kept_traces
+from sensitivity.formats.halved.tracing import kept as kept_traces
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import STAGES, interval
 from sensitivity.formats.timing.profile import profile_layers
@@ -59,7 +59,7 @@ def random_plans(parts: ComponentMap, count: int, draw: random.Random) -> Iterat
 def run(model: str, parts: ComponentMap, plans: Sequence[Plan], rounds: int, space: Path) -> pd.DataFrame:
     """A row per plan: each stage's share of full precision's time, and the memory that the model took."""
     rows: list[dict[str, object]] = []
-    with kept_traces(), ExitStack() as open_all_the_time:
+    with kept_traces(space / "traces"), ExitStack() as open_all_the_time:
         native = open_all_the_time.enter_context(running(model, parts, Plan.uniform(parts, None), space / "native"))
         for start in range(0, len(plans), AT_ONCE):
             some = plans[start : start + AT_ONCE]

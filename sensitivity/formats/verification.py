@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from sensitivity.formats import own_process
 from sensitivity.formats.gguf import exporter as gguf
 from sensitivity.formats.table import EXPECTED
 from sensitivity.formats.writing import manifest
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 FURTHER = {"onnx": {"onnx-int8": "with what quantized layers read rounded to 8 bits, as --runtime onnx-int8 runs it"}}
 # format -> what it adds to the words of a verdict, given the folder and whether all answers are as measured
 REMARKS: dict[str, Callable[[Path, bool], str]] = {"gguf": gguf.remark}
-PROGRAM = "import json, sys; from sensitivity.formats.verification import rerun; rerun(**json.load(sys.stdin))"
 # differences of the negative log-likelihood up to this are not mentioned: the order of sums in float32 causes smaller
 # ones, and one rounding step causes larger ones
 NLL_TOLERANCE = 1e-4
@@ -122,12 +119,9 @@ def _in_fresh_process(folder: Path, facts: Manifest, device: str, runtime: str) 
             "device": device, "runtime": runtime,
         }  # fmt: skip
         # a fresh process sees only the files: nothing that this one has loaded or patched can help
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM], input=json.dumps(asked), capture_output=True, text=True
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
-            raise UserError(f"{folder} cannot be loaded and run: {last.partition('UserError: ')[2] or last}")
+        ended = own_process.call(rerun, **asked)
+        if ended.status:
+            raise UserError(f"{folder} cannot be loaded and run: {ended.last_line or 'it was killed'}")
         return pd.read_parquet(target)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sensitivity.formats.halved.graph_files import LOAD, WrittenHalf, constants_by_name, write_halves
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, check_halves
 from sensitivity.formats.halved.pieces import pieces_of
 from sensitivity.formats.halved.traceable import skeleton
+from sensitivity.formats.halved.tracing import traced
 from sensitivity.formats.onnx import graph, layout, trace
 from sensitivity.formats.onnx.layout import Blocks
 from sensitivity.formats.writing import stream
@@ -18,9 +18,6 @@ from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.source import CheckpointTensor
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
-
-if TYPE_CHECKING:
-    from onnx_ir import Model
 
 FILES = {VISION: "vision.onnx", LANGUAGE: "language.onnx"}
 DATA = ".data"  # the file of a graph's constants has the graph's name with this suffix
@@ -46,13 +43,13 @@ def write(job: Job, folder: Path) -> Written:
     """Write both graphs layer by layer, so that memory never holds all weights."""
     check(job.model)
     load = LOAD.format(module="sensitivity.formats.onnx.run", model="ONNXModel")
-    programs = trace.traced(skeleton(job.model))
-    return write_halves(job, folder, FILES, STORED, load, partial(_write_half, job, programs))
+    with traced(job.name, "onnx", trace.write_graphs, folder) as graphs:
+        return write_halves(job, folder, FILES, STORED, load, partial(_write_half, job, graphs))
 
 
 def _write_half(
     job: Job,
-    programs: Mapping[str, Model],
+    graphs: Mapping[str, Path],
     half: str,
     file: Path,
     names: Sequence[str],
@@ -61,7 +58,7 @@ def _write_half(
     """Write one graph and the file of its constants."""
     import onnx_ir
 
-    program, data = programs[half], file.with_name(f"{file.name}{DATA}")
+    program, data = trace.read(graphs[half]), file.with_name(f"{file.name}{DATA}")
     read = list(graph.weights_of(program, names))
     constants = constants_by_name(job, tensors, read, layout.constants, layout.kept)
     blocks = {name: Blocks.of(job.weights[name], job.schemes[name]) for name in constants if name in job.weights}

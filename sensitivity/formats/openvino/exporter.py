@@ -10,6 +10,7 @@ from sensitivity.formats.halved.graph_files import LOAD, WrittenHalf, constants_
 from sensitivity.formats.halved.halves import LANGUAGE, VISION, check_halves
 from sensitivity.formats.halved.pieces import pieces_of
 from sensitivity.formats.halved.traceable import skeleton
+from sensitivity.formats.halved.tracing import traced
 from sensitivity.formats.openvino import graph, layout, trace
 from sensitivity.formats.writing import stream
 from sensitivity.formats.writing.job import Job, Written
@@ -38,14 +39,20 @@ def write(job: Job, folder: Path) -> Written:
     """Write both graphs layer by layer, so that memory never holds all weights."""
     check(job.model)
     load = LOAD.format(module="sensitivity.formats.openvino.run", model="OpenVINOModel")
-    return write_halves(job, folder, FILES, STORED, load, partial(_write_half, job))
+    with traced(job.name, "openvino", trace.write_graphs, folder) as graphs:
+        return write_halves(job, folder, FILES, STORED, load, partial(_write_half, job, graphs))
 
 
 def _write_half(
-    job: Job, half: str, xml: Path, names: Sequence[str], tensors: Mapping[str, CheckpointTensor]
+    job: Job,
+    graphs: Mapping[str, Path],
+    half: str,
+    xml: Path,
+    names: Sequence[str],
+    tensors: Mapping[str, CheckpointTensor],
 ) -> WrittenHalf:
     """Write one graph and its binary file."""
-    program = trace.traced(skeleton(job.model), half)
+    program = trace.read(graphs[half])
     read = list(graph.weights_of(program, names))
     constants = constants_by_name(job, tensors, read, layout.constants, layout.kept)
     graph.put_constants(program, constants)

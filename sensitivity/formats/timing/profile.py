@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sensitivity.formats.halved.tracing import kept as kept_traces
 from sensitivity.formats.openvino.exporter import STORED
-from sensitivity.formats.openvino.trace import kept as kept_traces
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.intervals import STAGES as STAGES_OF_A_ROUND
 from sensitivity.formats.timing.kept_times import keep
@@ -145,7 +145,7 @@ def in_layouts(linears: ComponentMap, schemes: Sequence[Scheme], runtime: str) -
 @contextmanager
 def _written(model: str, linears: ComponentMap, plans: Mapping[str, Plan], runtime: str) -> Iterator[dict[str, Path]]:
     """A temporary export of each plan."""
-    with tempfile.TemporaryDirectory() as space, kept_traces():
+    with tempfile.TemporaryDirectory() as space, kept_traces(Path(space) / "traces"):
         folders = {layout: Path(space) / layout for layout in plans}
         for layout in each(list(plans), "writing", "layouts", len(plans)):
             write(Job(model, linears, plans[layout], dtype=torch.float32), folders[layout], runtime)

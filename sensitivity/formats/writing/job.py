@@ -85,9 +85,14 @@ class Job:
         return open_checkpoint(self.model, self.dtype)
 
     @property
+    def name(self) -> str:
+        """The model's name, by which it can be loaded."""
+        return self.model.name if isinstance(self.model, VLM) else self.model
+
+    @property
     def reads(self) -> list[Path]:
         """The folders of the model and of the study: an export reads them, so it must not replace them."""
-        named = [self.model.name if isinstance(self.model, VLM) else self.model, self.facts.get("study")]
+        named = [self.name, self.facts.get("study")]
         places = [end for one in named if one for end in str(one).split("@")]  # ADAPTER@BASE
         return [Path(place) for place in places if Path(place).exists()]
 
