@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.onnx import exporter, graph, layout
+from sensitivity.formats.onnx import exporter, layout
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.side_by_side import bench
 from sensitivity.formats.verification import verify
@@ -299,47 +299,6 @@ def test_after_a_kill_in_the_middle_the_same_command_writes_a_whole_export(
     check_arrived(out)
     assert set(tmp_path.iterdir()) == there
     assert mine.read_text() == "mine"
-
-
-# a tracing process that crashes before it has begun, and then between the two halves
-CRASHING = """
-import json, os, signal, sys
-from pathlib import Path
-asked, runs = json.load(sys.stdin), Path({runs!r})
-with runs.open("a") as file:
-    file.write(" ".join(asked["files"]) + "\\n")
-count = len(runs.read_text().splitlines())
-if count == 1 or {always}:
-    os.kill(os.getpid(), signal.SIGKILL)
-from sensitivity.formats.onnx import trace
-if count == 2:
-    asked["files"].pop("language")
-    os._exit = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-trace.write_graphs(**asked)
-"""
-
-
-@pytest.mark.parametrize("always", [False, True], ids=["twice", "always"])
-def test_tracing_that_crashes_is_started_again_for_what_is_missing(
-    onnxruntime: Any, always: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sensitivity.formats.onnx import trace
-
-    vlm = load(str(saved_vlms.save("llava", tmp_path / "llava")), config_only=True)
-    runs = tmp_path / "runs"
-    monkeypatch.setattr(trace, "PROGRAM", CRASHING.format(runs=str(runs), always=always))
-    if always:
-        with pytest.raises(UserError, match=r"tracing the vision half of .* for onnx crashed 3 times; try again"):
-            trace.traced(vlm)
-        return
-    programs = trace.traced(vlm)
-    assert runs.read_text().splitlines() == ["vision language", "vision language", "language"]
-    for half, program in programs.items():
-        assert {output.name for output in program.graph.outputs} >= {HALVES[half]}
-        assert graph.weights_of(program, [name for name, _ in vlm.model.named_parameters()])
-
-
-HALVES = {"vision": "image_features", "language": "logits"}  # the first output of each
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ from PIL import Image
 from sensitivity.api import exporting
 from sensitivity.api.sweeping import sweep
 from sensitivity.cli import main as cli
-from sensitivity.formats.openvino import exporter, layout, trace
+from sensitivity.formats.halved.tracing import kept
+from sensitivity.formats.openvino import exporter, layout
 from sensitivity.formats.table import write
 from sensitivity.formats.timing.open_models import TorchHalves
 from sensitivity.formats.timing.side_by_side import bench
@@ -253,7 +254,7 @@ def test_graphs_that_are_traced_once_give_the_same_exports(openvino: Any, tmp_pa
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / name).glob("*.bin")}
 
     plain = {bits: export_hashes(bits, f"plain-{bits}") for bits in (4, 8)}
-    with trace.kept():
+    with kept(tmp_path / "kept"):
         assert {bits: export_hashes(bits, f"kept-{bits}") for bits in (4, 8)} == plain
 
 
