@@ -5,14 +5,15 @@ python -m experiments.benchmarks.streamed_exports [--shape llava-1.5-7b] [--form
 Each format has a process of its own, which writes the model with all components at 4 bits, symmetric, in groups of 32.
 The model has random weights, which change neither memory nor time. Memory is what the process and those that it starts
 hold for themselves, sampled a hundred times a second; pages of files, which the system takes back at will, do not
-count. `before` is what it holds with its libraries imported and the model inspected. One thread; seconds depend on what
-else runs. Writes reports/streamed-exports.md.
+count. `before` is what it holds with its libraries imported and the model inspected. One thread; CPU seconds are those
+of all these processes, and seconds depend on what else runs. Writes reports/streamed-exports.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,11 @@ class MostMemory(Peak):
         return total
 
 
+def cpu_seconds() -> float:
+    """The CPU seconds of this process, and of those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
 def export(format: str, model: str, out: Path) -> dict[str, object]:
     """Write one export, and return a row of the table."""
     torch.set_num_threads(1)
@@ -60,9 +66,9 @@ def export(format: str, model: str, out: Path) -> dict[str, object]:
     job = Job(model, parts, Plan.uniform(parts, SCHEME), {"model": model}, dtype=torch.bfloat16)
     sizes = [tensor.bytes for tensor in job.source.tensors]
     with MostMemory() as memory:
-        began, cores = time.perf_counter(), time.process_time()
+        began, cores = time.perf_counter(), cpu_seconds()
         write(job, out, format)
-        seconds, cores = time.perf_counter() - began, time.process_time() - cores
+        seconds, cores = time.perf_counter() - began, cpu_seconds() - cores
     written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     in_gb = [f"{size / GB:.2f}" for size in (sum(sizes), written, max(sizes), memory.before, memory.most)]
     return dict(zip(COLUMNS, [format, *in_gb, f"{seconds:.0f}", f"{cores:.0f}"], strict=True))

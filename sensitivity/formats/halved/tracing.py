@@ -65,8 +65,8 @@ def traced(model: str, format: str, write_graphs: Callable[..., None], space: Pa
 def _place(model: str, format: str, space: Path) -> Iterator[Path]:
     """The folder for a model's graphs in one format: a temporary one, or inside `kept` one that stays."""
     if _kept is None:
-        with tempfile.TemporaryDirectory(prefix="tracing-", dir=space) as place:
-            yield Path(place)
+        with tempfile.TemporaryDirectory(prefix="tracing-", dir=space) as temporary:
+            yield Path(temporary)
     else:
         place = _kept / hashlib.sha256(f"{format} {model}".encode()).hexdigest()
         place.mkdir(exist_ok=True)
