@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from sensitivity.formats import own_process
 from sensitivity.formats.gguf import exporter as gguf
 from sensitivity.formats.table import EXPECTED
-from sensitivity.formats.writing import manifest
+from sensitivity.formats.writing import manifest, own_process
 from sensitivity.formats.writing.manifest import Manifest, TrialFacts
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers as stored_answers

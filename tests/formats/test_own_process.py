@@ -12,7 +12,7 @@ from pathlib import Path
 import called
 import pytest
 
-from sensitivity.formats import own_process
+from sensitivity.formats.writing import own_process
 
 ENDED_WITHIN = 30.0  # seconds, on a busy machine; an idle one takes a few milliseconds
 
@@ -69,7 +69,7 @@ def test_a_process_that_crashes_before_it_reads_is_a_crash(monkeypatch: pytest.M
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_it_ends_with_a_caller_that_is_killed(number: signal.Signals, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    code = f"import called; from sensitivity.formats.own_process import call; call(called.stay, file={str(begun)!r})"
+    code = f"import called as c; from {own_process.__name__} import call; call(c.stay, file={str(begun)!r})"
     with subprocess.Popen([sys.executable, "-c", code]) as caller:
         while not (begun.exists() and begun.read_text()):
             assert caller.poll() is None

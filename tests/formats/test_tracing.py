@@ -15,11 +15,10 @@ import saved_vlms
 from few import few
 from test_own_process import wait_until_gone
 
-from sensitivity.formats import own_process
 from sensitivity.formats.halved.tracing import kept, traced
 from sensitivity.formats.onnx import trace as onnx
 from sensitivity.formats.openvino import trace as openvino
-from sensitivity.formats.writing import manifest
+from sensitivity.formats.writing import manifest, own_process
 from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError
 

@@ -16,6 +16,8 @@ from sensitivity.models.halves.vision_half import vision_half_of
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 
+Half = Any  # a module; tracers name a narrower type, but take it
+Inputs = dict[str, Any]  # the arguments of a traced half by name, or which of their sizes are dynamic
 WEIGHTS = "weights"  # the argument of a traced half that holds its parameters
 # Sizes of the traced inputs. Torch treats equal sizes as the same dimension, so each is a prime that no model uses.
 PROMPTS, CACHED, TOKENS, FEATURES, KEPT = 17, 19, 23, 29, 13
@@ -37,13 +39,13 @@ class _WithWeights(nn.Module):
         return torch.func.functional_call(self.inner[0], dict(weights), kwargs=inputs, tie_weights=True)
 
 
-def prepared(vlm: VLM, half: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def prepared(vlm: VLM, half: str) -> tuple[Half, Inputs, Inputs]:
     """One half of a model as a function of its weights, example inputs, and which of their sizes are dynamic."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_cache_pytrees_for_model
 
     empty = replace(vlm, model=without_values(vlm.model))
-    module: Any = _WithWeights(half_of(empty, half))
+    module: Half = _WithWeights(half_of(empty, half))
     register_cache_pytrees_for_model(module)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors with a type and a shape, but no values
         weights = shapes_of_weights(empty)
@@ -64,7 +66,7 @@ def shapes_of_weights(vlm: VLM) -> dict[str, Tensor]:
     return {f"model.{name}": torch.empty(p.shape) for name, p in vlm.model.named_parameters()}
 
 
-def _inputs(vlm: VLM, half: str) -> dict[str, Any]:
+def _inputs(vlm: VLM, half: str) -> Inputs:
     """Example inputs of a half; only their shapes matter."""
     from transformers import DynamicCache
 

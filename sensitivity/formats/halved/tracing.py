@@ -9,16 +9,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from sensitivity.formats import own_process
 from sensitivity.formats.halved.halves import LANGUAGE, VISION
-from sensitivity.formats.halved.traceable import prepared, skeleton
+from sensitivity.formats.halved.traceable import Half, Inputs, prepared, skeleton
+from sensitivity.formats.writing import own_process
 from sensitivity.spec.errors import UserError, reason
 
 TRIES = 3  # how many processes may crash before an error is raised
 # a format's tracer: (module, example inputs, their dynamic sizes, the folder that gets the graph) -> what it has made
-Tracer = Callable[[Any, dict[str, Any], dict[str, Any], Path], object]
+Tracer = Callable[[Half, Inputs, Inputs, Path], object]
 
 _kept: Path | None = None  # inside `kept`: the folder of graphs that are traced already
 

@@ -7,12 +7,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils import _pytree as pytree
 
-from sensitivity.formats.halved.traceable import WEIGHTS, parameter_input
+from sensitivity.formats.halved.traceable import WEIGHTS, Half, Inputs, parameter_input
 from sensitivity.formats.halved.tracing import write_traced
 from sensitivity.models.loading import quiet
 
@@ -37,7 +37,7 @@ def write_graphs(model: str, graphs: dict[str, str]) -> None:
     write_traced(model, graphs, _write)
 
 
-def _write(module: Any, inputs: dict[str, Any], shapes: dict[str, Any], folder: Path) -> object:
+def _write(module: Half, inputs: Inputs, shapes: Inputs, folder: Path) -> object:
     import onnx_ir
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
@@ -63,7 +63,7 @@ def _drop_assertions(graph: torch.fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _name(program: Model, inputs: dict[str, Any]) -> None:
+def _name(program: Model, inputs: Inputs) -> None:
     """Name the inputs and outputs of a graph; the tensors of the cache come in the same order in both."""
     names: list[str] = []
     for name, value in inputs.items():

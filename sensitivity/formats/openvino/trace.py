@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sensitivity.formats.halved.traceable import Half, Inputs
 from sensitivity.formats.halved.tracing import write_traced
 from sensitivity.models.loading import quiet
 
@@ -27,7 +28,7 @@ def write_graphs(model: str, graphs: dict[str, str]) -> None:
     write_traced(model, graphs, _write)
 
 
-def _write(module: Any, inputs: dict[str, Any], shapes: dict[str, Any], folder: Path) -> object:
+def _write(module: Half, inputs: Inputs, shapes: Inputs, folder: Path) -> object:
     import openvino
     from transformers.exporters.configs import OpenVINOConfig
     from transformers.exporters.exporter_openvino import OpenVINOExporter

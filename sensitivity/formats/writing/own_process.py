@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-PROGRAM = "from sensitivity.formats.own_process import serve; serve()"
+PROGRAM = "from sensitivity.formats.writing.own_process import serve; serve()"
 FAILED = 1  # the exit status of a process whose function raised an error
 OF_OURS = re.compile(r"^sensitivity\.spec\.errors\.\w+: ")  # before the sentence, in the last line of a traceback
 
