@@ -62,6 +62,8 @@ ADDS_TO = {
 }  # fmt: skip
 # rows that equal their host where there is no cache, and no attention that reads image tokens
 IN_LANGUAGE = ("wkv", "clip, cache of 4 bits", QSVD, PRUNES)
+# BLIP-2's prompts mark no image tokens, so none can be pruned
+CANNOT = {(PRUNES, "embedded:scenes-blip2")}
 ROWS = [*METHODS, *PRESETS, *EXTRA]
 # What is measured first tells most: at 2 bits methods differ, rounded inputs are published at 4, and at 4 bits of
 # weights alone nearly every row keeps the score.
@@ -128,6 +130,7 @@ def cells(
     for turn, number in order:
         (what, width), model = TURNS[turn], models[number]
         alike = [row for row, bits in every if bits == width and kind(row, bits) == what]
+        alike = [row for row in alike if (row, model) not in CANNOT]
         parts = [(row, one) for row in alike for one in where if row not in IN_LANGUAGE or one in WHERE[2:]]
         if parts:
             yield what, [Cell(model, row, width, one) for row, one in parts]
