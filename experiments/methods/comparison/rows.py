@@ -30,6 +30,7 @@ HOSTS: dict[str, dict[str, Setting]] = {
     "awq, no clip": {"method": "awq", "group": 128, "clip": False},
     "gptq, order given": {"method": "gptq", "order": "given"},
     "gptq, exposed": {"method": "gptq"},
+    "awq, exposed": {"method": "awq"},
     "gptq, asymmetric, exposed": {"method": "gptq", "symmetric": False},
     "rtn, inputs of 4 bits": {"method": "rtn", "activations": 4},
     "rtn, inputs and attention of 4 bits": {
@@ -53,13 +54,15 @@ EXTRA: dict[str, dict[str, Setting]] = {PRUNES: {"method": "bivlm", "prune": 0.5
 # row -> what it adds its idea to, with the same grid, group and calibration path
 ADDS_TO = {
     "clip": "rtn", "gptq": "rtn", "awq": "rtn, groups of 128, asymmetric", "mbq": "awq, no clip", "qig": "awq, no clip",
-    "tlq": "awq", "tlq-gptq": "gptq", "oac": "gptq", "rsq": "gptq, order given", "gptaq": "gptq, exposed",
-    "salq-vlm": "gptaq", "vlm-ptq": "gptq, asymmetric, exposed", "squeezellm-fisher": "squeezellm",
+    "tlq": "awq, exposed", "tlq-gptq": "gptq, exposed", "oac": "gptq", "rsq": "gptq, order given",
+    "gptaq": "gptq, exposed", "salq-vlm": "gptaq", "vlm-ptq": "gptq, asymmetric, exposed",
+    "squeezellm-fisher": "squeezellm",
     "norm-tweak": "gptq", "qvla": "rtn", "quantvggt": "rtn, inputs of 4 bits",
     "repq-vit": "rtn, inputs and attention of 4 bits", "ptq4sam": "gptq, inputs and attention of 4 bits",
     "quantvla": "quantvla, no scalars", "qvlm": "nf4, inputs of 4 bits",
     "qvlm-released": "nf4, double, inputs of 4 bits", "wkv": "clip, cache of 4 bits", PRUNES: "bivlm",
 }  # fmt: skip
+BEHIND = ("tlq", "tlq-gptq")  # rows that are published with what a layer reads behind quantized layers
 # rows that equal their host where there is no cache, and no attention that reads image tokens
 IN_LANGUAGE = ("wkv", "clip, cache of 4 bits", QSVD, PRUNES)
 # BLIP-2's prompts mark no image tokens, so none can be pruned
@@ -113,7 +116,7 @@ def with_hosts(rows: Sequence[str]) -> list[str]:
 def kind(row: str, bits: int) -> str:
     """What sets a row apart from others: how it is calibrated, or what it changes beside the weights."""
     one = scheme_of(row, bits)
-    if needs_both_paths(one) or EXPOSED in row:
+    if needs_both_paths(one) or EXPOSED in row or row in BEHIND:
         return BOTH
     if one.get(PRUNE):
         return PRUNED
