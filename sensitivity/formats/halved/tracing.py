@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -84,4 +83,4 @@ def write_traced(model: str, graphs: Mapping[str, str], trace: Tracer) -> None:
         except Exception as error:
             raise UserError(f"the {half} half: {reason(error)}") from error
         alive.append((module, inputs, made))  # so that nothing is freed
-        os.replace(unfinished, graph)  # a graph that is there is whole
+        unfinished.rename(graph)  # a graph that is there is whole
