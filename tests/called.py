@@ -34,7 +34,7 @@ def write_graphs(model: str, graphs: dict[str, str]) -> None:
         made = Path(f"{graph}.made")
         made.mkdir()
         (made / "half").write_text(f"{half} of {model}")
-        os.replace(made, graph)
+        made.rename(graph)
 
 
 def refuse_graphs(model: str, graphs: dict[str, str]) -> None:

@@ -40,13 +40,13 @@ say("begun")
 count = said.read_text().split().count("begun")
 if count == 1 or {always}:
     crash()
-replace = os.replace
-def replacing(old, new):
-    replace(old, new)
+rename = Path.rename
+def renaming(old, new):
+    rename(old, new)
     say(Path(new).name)
     if count == 2:
         crash()
-os.replace = replacing
+Path.rename = renaming
 """
 
 

@@ -150,6 +150,7 @@ def is_export(folder: Path) -> bool:
 @example(entries={"out": "export", "out/study": "folder"}, target="out", force=True, fails=False)
 @example(entries={".out.1.2.unfinished.old": "folder"}, target="out", force=True, fails=False)
 @example(entries={".out.1.2.unfinished": "link"}, target="out", force=True, fails=True)
+@example(entries={".out.1.2.unfinished": "export"}, target=".out.1.2.unfinished", force=True, fails=True)
 def test_nothing_outside_the_target_changes(
     entries: dict[str, str], target: str, force: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

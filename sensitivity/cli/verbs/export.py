@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.formats.writing import manifest
 
     _check(args)
-    if left := exporting.remove_unfinished(args.out.parent):
+    if left := exporting.remove_unfinished(args.out.parent, but=args.out):
         print(f"removed the unfinished folders of killed exports: {', '.join(map(str, left))}", file=sys.stderr)
     with show_stages(args.json):
         path = exporting.export_from(

@@ -30,7 +30,7 @@ def staging_folder(out: Path) -> Iterator[Path]:
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(out.parent)
+        remove_unfinished(out.parent, but=out)
         begin_folder(made)
         begun = True
         with _locked(made):  # lock it before it gets a name that another process's `remove_unfinished` looks at
@@ -50,14 +50,15 @@ def staging_folder(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def remove_unfinished(parent: Path) -> list[Path]:
+def remove_unfinished(parent: Path, but: Path | None = None) -> list[Path]:
     """Remove the folders that killed exports left in a folder, and restore an export that was moved away.
 
-    Returns what was removed. A folder whose lock another process holds is being written, and stays.
+    but: a folder that stays whatever its name is, the target of the next export. Returns what was removed. A folder
+    whose lock another process holds is being written, and stays.
     """
     removed = []
     for folder in sorted(parent.glob(".*.unfinished*")):
-        if (name := NAME.fullmatch(folder.name)) is None or not folder.is_dir():
+        if (name := NAME.fullmatch(folder.name)) is None or not folder.is_dir() or folder == but:
             continue
         with _locked(folder) as free:
             if not free or not (is_unfinished(folder) or not why_foreign(folder)):
