@@ -38,8 +38,8 @@ from sensitivity import Study, add_to_atlas, grid, inspect, load, predict_fronti
 from sensitivity.analysis.allocate.by_scores import combined
 from sensitivity.analysis.atlas.priors import schemes_of
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Expected, Space
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan, Scheme

@@ -30,8 +30,8 @@ from experiments.benchmarks.score_tables import Table, tables
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, sampled_plans
 from sensitivity.analysis.search.search_space import SearchSpace
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Expected
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.files import overwrite
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size

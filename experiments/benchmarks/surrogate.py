@@ -27,7 +27,8 @@ from experiments.benchmarks.score_tables import Table, tables
 from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.knapsack import Predicted
 from sensitivity.analysis.surrogate import misfit
-from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
+from sensitivity.analysis.surrogate.surrogate import Surrogate
 from sensitivity.spec.files import overwrite
 
 ROOT = Path(__file__).parent.parent.parent

@@ -44,7 +44,7 @@ OPENING = ("gram", "kfac")  # the scores whose best plans are measured first
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
 ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
-MORE = 4  # how many times more trials are advised where a plan loses more than that
+MORE = 40  # trials that are advised where a plan loses more than that; beyond, a sweep is
 EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
 
 
@@ -194,17 +194,18 @@ def kept_shares(study: Study, request: PlanRequest, knapsack: Knapsack) -> list[
 
 def warn_if_scores_misjudge(study: Study, request: PlanRequest, trials: int) -> None:
     """Warn if all trials are used up, and the best measured plan of a budget still loses much."""
-    if len(study.trials()) < trials:
+    ran = len(study.trials())  # more than `trials` where a sweep has added to the study
+    if ran < trials:
         return
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     kept = kept_shares(study, request, knapsack)
     lost = [(bpw, max(one.values())) for bpw, one in zip(request.bpw, kept, strict=True) if one]
     if lost := [(bpw, share) for bpw, share in lost if share < ENOUGH]:
         which = ", ".join(f"{share:.0%} at {bpw:g} bpw" for bpw, share in lost)
+        further = f"--trials {MORE}" if ran < MORE else "`sensitivity sweep` with the same --out"
         warnings.warn(
-            f"the {len(study.trials())} measured plans keep little of full precision (at most {which}): scores from "
-            f"calibration say little about plans that lose so much, and measurements find better ones; --trials "
-            f"{MORE * trials} goes on from here",
+            f"the {ran} measured plans keep little of full precision (at most {which}): scores from calibration say "
+            f"little about plans that lose so much, and measurements find better ones; {further} goes on from here",
             Notice,
             stacklevel=2,
         )

@@ -17,8 +17,8 @@ from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.recommendation import judge, unmeasured
 from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by, merge_groups, tied_groups
 from sensitivity.spec.plan import Plan, Scheme

@@ -14,9 +14,9 @@ from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.search.openings import openings_then_proposals
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.score_agreement import agreement_of_scores
 from sensitivity.analysis.surrogate.space import Space
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by

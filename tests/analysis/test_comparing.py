@@ -62,7 +62,7 @@ def test_sizes_that_are_counted_differently_are_said(pair: tuple[Study, Study], 
     counted = answered.study(tmp_path / "counted", [task("vqa", n=100)], worse(2), ["vqa"], runtime="openvino")
     (note,) = compare_sides(side(str(pair[1].path)), side(str(counted.path))).notes
     assert note == (
-        "they count sizes differently: in no format in A, in openvino files in B; the same bpw is not the same size"
+        "size is counted of the plan alone in A, as openvino files store it in B, so the same bpw is not the same size"
     )
 
 

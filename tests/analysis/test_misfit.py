@@ -16,9 +16,9 @@ from scipy.optimize import approx_fprime
 from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.misfit import Evidence, Hyperparameters, merged
 from sensitivity.analysis.surrogate.space import Space
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
 
@@ -213,7 +213,7 @@ def test_small_damages_in_noise_are_not_taken_for_a_floor(seed: int) -> None:
     assert (high - low)[1:].max() < 0.2
     wide = np.quantile(model.draws(space.encode(uniform), explore=True), [0.025, 0.975], axis=0)
     assert (wide[1] - wide[0])[1] > 2 * (high - low)[1]  # some draw predicts half of every measured score
-    weights = model.formula.sensitivity(model.theta, model.measured) ** 2
+    weights = model.formula.slopes_by_exponent(model.theta, model.measured) ** 2
     weights /= weights.sum()
     slopes = approx_fprime(model.theta, lambda x: model.formula.mean_exponent(x, model.measured, weights), 1e-6)
     ours = model.formula.exponent_slopes(model.theta, model.measured, weights)

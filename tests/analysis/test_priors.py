@@ -11,8 +11,8 @@ import pytest
 
 from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Expected, Space
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError

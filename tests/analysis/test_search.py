@@ -14,8 +14,8 @@ import pytest
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.search.plan_lists import grid, one_at_a_time
 from sensitivity.analysis.search.plan_lists import plans as plans_
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size

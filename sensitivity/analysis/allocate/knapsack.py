@@ -9,8 +9,9 @@ import numpy as np
 
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
-from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
+from sensitivity.analysis.surrogate.surrogate import Surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan

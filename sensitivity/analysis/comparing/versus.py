@@ -116,8 +116,8 @@ def _notes(a: Study, b: Study) -> Iterator[str]:
         if ours != theirs:
             yield f"they differ in {what}: {ours} in A, {theirs} in B"
     if a.format != b.format:
-        ours, theirs = (f"in {one.format} files" if one.format else "in no format" for one in (a, b))
-        yield f"they count sizes differently: {ours} in A, {theirs} in B; the same bpw is not the same size"
+        ours, theirs = (f"as {one.format} files store it" if one.format else "of the plan alone" for one in (a, b))
+        yield f"size is counted {ours} in A, {theirs} in B, so the same bpw is not the same size"
     if a.parts.names != b.parts.names:
         yield f"they differ in components: by {a.parts.by} in A, by {b.parts.by} in B"
 

@@ -15,8 +15,8 @@ from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations
 from sensitivity.analysis.reporting import figures, sentences
 from sensitivity.analysis.reporting.table_rows import quantized, single
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
-from sensitivity.analysis.surrogate.surrogate import fit_surrogate
 
 Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, text alternative, figure, data
 

@@ -94,7 +94,7 @@ class FrontierSampler(BaseSampler):
 
     def next(self, index: Floats, scores: Floats) -> Floats:
         """The plan to measure next, given measured plans (rows of positions) and their scores (a column per task)."""
-        from sensitivity.analysis.surrogate.surrogate import (
+        from sensitivity.analysis.surrogate.fitting import (
             fit_surrogate,  # imports scipy's solvers, which takes a second
         )
 

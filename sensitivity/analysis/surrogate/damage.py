@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 Floats = np.ndarray
+LEVEL = 3  # the place of damage's level in theta
 LEAST_ETA = 1e-9  # the least total damage of which a logarithm is taken
 
 
@@ -147,10 +148,11 @@ class DamageModel:
         out[2] = self.mean_exponent(theta, index, weights)  # power is the exponential of this entry
         return out
 
-    def sensitivity(self, theta: Floats, index: Floats) -> Floats:
-        """How far each plan's score moves with log(eta ** power)."""
-        _, remaining, _, _ = self.curve(theta, self._eta_of(theta, index))
-        return np.asarray((theta[0] - theta[1]) * remaining * -np.log(np.maximum(remaining, 1e-300)))
+    def slopes_by_exponent(self, theta: Floats, index: Floats) -> Floats:
+        """Derivative of each plan's score by log(eta ** power)."""
+        eta = np.maximum(self._eta_of(theta, index), LEAST_ETA)
+        _, _, by_eta, _ = self.curve(theta, eta)
+        return np.asarray(by_eta * eta / self.power(theta))
 
     def _eta_of(self, theta: Floats, index: Floats) -> Floats:
         """Total damage of each plan."""

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Expected, Space, effective_bits, family
-from sensitivity.analysis.surrogate.surrogate import Surrogate, fit_surrogate
+from sensitivity.analysis.surrogate.surrogate import Surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
