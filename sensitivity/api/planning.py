@@ -202,7 +202,9 @@ def warn_if_scores_misjudge(study: Study, request: PlanRequest, trials: int) -> 
     lost = [(bpw, max(one.values())) for bpw, one in zip(request.bpw, kept, strict=True) if one]
     if lost := [(bpw, share) for bpw, share in lost if share < ENOUGH]:
         which = ", ".join(f"{share:.0%} at {bpw:g} bpw" for bpw, share in lost)
-        further = f"--trials {MORE}" if ran < MORE else "`sensitivity sweep` with the same --out"
+        further = f"--trials {MORE}"
+        if ran >= MORE:
+            further = f"`sensitivity sweep` with the same --out, --by and --n {study.meta['n']}"
         warnings.warn(
             f"the {ran} measured plans keep little of full precision (at most {which}): scores from calibration say "
             f"little about plans that lose so much, and measurements find better ones; {further} goes on from here",

@@ -90,7 +90,7 @@ def test_where_scores_misjudge_all_trials_are_used_and_more_are_advised(
     assert further["plans_measured"] == 9
     monkeypatch.setattr(planning, "MORE", 9)  # what was advised has run
     _, err = run(capsys, f"{line} --trials 9 --out {folder / 'misjudged'}")
-    assert "`sensitivity sweep` with the same --out goes on from here" in err
+    assert "`sensitivity sweep` with the same --out, --by and --n 12 goes on from here" in err
     found, err = run(capsys, f"{line.replace('2.7', '7')} --trials 7 --out {folder / 'easy'}")
     assert found["plans_measured"] < 7
     assert "keep little" not in err
