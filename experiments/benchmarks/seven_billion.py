@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from sensitivity.spec.plan import Plan
 ROWS, WORDS, IMAGE = 4, 24, 32000  # examples of a batch, words of each, and the token that stands for the image
 
 
-def llava(shrink: int, device: str, dtype: torch.dtype) -> VLM:
+def llava(shrink: int, device: str, dtype: torch.dtype, image: int = IMAGE) -> VLM:
     """LLaVA with every width and depth divided by `shrink`; the number of tokens stays the same."""
     text = T.LlamaConfig(
         vocab_size=32064, hidden_size=4096 // shrink, intermediate_size=11008 // shrink, num_hidden_layers=32 // shrink,
@@ -46,7 +47,7 @@ def llava(shrink: int, device: str, dtype: torch.dtype) -> VLM:
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+            config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=image)
             model = T.LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(usual)
@@ -96,6 +97,7 @@ def main() -> None:
     for name in parts.names:  # block by block, so that no more than one block's results are held
         plans = [Plan.of(parts, {name: scheme(args.method, bits, calibration=facts)}) for bits in widths]
         prepare(vlm.model, parts, plans, {}, statistics)
+        print(f"{time.perf_counter() - began:.1f} s, {name}", file=sys.stderr, flush=True)
     if args.device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds, peak = time.perf_counter() - began, gigabytes(args.device)
