@@ -124,22 +124,25 @@ def plans(args: argparse.Namespace) -> None:
     examples = task("vqa", n=args.n)
     loaded = gigabytes(args.device)
 
-    def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    def timed(action: Callable[[], Any], what: str) -> tuple[float, Any]:
         began = time.perf_counter()
         result = action()
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return time.perf_counter() - began, result
+        seconds = time.perf_counter() - began
+        print(f"{seconds:.2f} s, {what}", file=sys.stderr, flush=True)
+        return seconds, result
 
     with tempfile.TemporaryDirectory() as scratch:
-        timed(lambda: evaluate(vlm, task("vqa", n=16), plain=True))  # kernels are compiled and chosen
-        native, _ = timed(lambda: evaluate(vlm, examples, plain=True))
+        timed(lambda: evaluate(vlm, task("vqa", n=16), plain=True), "16 questions")  # kernels are chosen
+        native, _ = timed(lambda: evaluate(vlm, examples, plain=True), "full precision")
         weights, (_, steps) = timed(
-            lambda: begin_sweep(vlm, parts, every, ["vqa"], Path(scratch) / "s", n=args.n, memory_gb=args.memory_gb)
+            lambda: begin_sweep(vlm, parts, every, ["vqa"], Path(scratch) / "s", n=args.n, memory_gb=args.memory_gb),
+            "weights at two widths",
         )
         per_plan: dict[Plan, float] = {}
         while True:
-            seconds, step = timed(lambda: next(steps, None))
+            seconds, step = timed(lambda: next(steps, None), "a shard of a plan")
             if step is None:
                 break
             per_plan[step.plan] = per_plan.get(step.plan, 0.0) + seconds
@@ -149,7 +152,7 @@ def plans(args: argparse.Namespace) -> None:
             with quantized(vlm.model, parts, every[-1]):
                 evaluate(vlm, examples, plain=True)
 
-        single, _ = timed(alone)
+        single, _ = timed(alone, "one plan")
     images = len({example.cluster for example in examples.examples})
     total = weights + sum(per_plan.values())
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} threads"

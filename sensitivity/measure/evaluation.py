@@ -54,15 +54,19 @@ def answer(
 ) -> tuple[list[Answer], list[float]]:
     """Answers of a batch, greedy unless the task sets a search, and right answers' negative log-likelihood per token.
 
-    A batch that runs out of memory is split in two, and stays split for this plan and all later ones. With a prefix
+    A batch that runs out of memory is split in two, and stays split for this plan and all later ones; where a single
+    example does, what plans share is given up. With a prefix
     cache, forward passes reuse the hidden states that this plan shares with the previous one; `name` is the batch's
     key in that cache.
     """
     if not batch.halves:
         attempt = partial(_answered, vlm, task, batch, prefix_cache, name)
-        answered = run_or_halve(attempt, batch.chunk_size or len(batch.examples), task.name, vlm.device)
+        at_once, release = batch.chunk_size or len(batch.examples), prefix_cache.release if prefix_cache else None
+        answered = run_or_halve(attempt, at_once, task.name, vlm.device, release)
         if answered is not None:
             return answered
+        if at_once == 1:
+            return answer(vlm, task, batch, prefix_cache, name)
         # a gallery is never split, since every image is compared with every caption: only its chunks shrink
         if batch.chunk_size:
             batch.chunk_size //= 2

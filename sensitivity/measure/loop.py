@@ -16,6 +16,7 @@ from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.evaluation import Rows, answer, example_rows
 from sensitivity.measure.generate.batches import Batch, batches_by_image
 from sensitivity.measure.install.plan_in_model import prepare, quantized
+from sensitivity.measure.memory.out_of_memory import room_for_states
 from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes
 from sensitivity.measure.shards import shard, shard_ends
@@ -208,7 +209,9 @@ class _SharedWork:
 
     def _verified_prefix_cache(self) -> PrefixCache:
         """A prefix cache with only those boundaries that change no answer and no likelihood on a few examples."""
-        prefix_cache = PrefixCache(self.vlm.model, self.parts, self.cache_bytes)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.vlm.model.parameters())
+        room = room_for_states(self.vlm.device, weights)
+        prefix_cache = PrefixCache(self.vlm.model, self.parts, min(self.cache_bytes, room))
         prefix_cache.set_plan(Plan.uniform(self.parts, None))
         task = replace(self.tasks[0], examples=self.tasks[0].examples[:VERIFYING_EXAMPLES])
         few = next(batches_by_image(self.vlm, task))

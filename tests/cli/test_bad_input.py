@@ -26,10 +26,13 @@ from sensitivity.measure import shards
 from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.evaluation import answer, evaluate
 from sensitivity.measure.generate.batches import batches_by_image
+from sensitivity.measure.loop import _SharedWork
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import Notice, UserError
+from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.images import TAIL, open_image, why_unusable
 from sensitivity.tasks.table import task
@@ -268,6 +271,34 @@ def test_a_sweep_goes_on_in_halves_and_says_so_once(
     assert capsys.readouterr().err.count("note: out of memory on cpu: batches of vqa are halved") == 1
     whole, halves = (Study(tmp_path / name).table().set_index("key") for name in ("whole", "halves"))
     assert halves["vqa"].to_dict() == whole["vqa"].to_dict()
+
+
+def test_what_plans_share_is_given_up_before_a_single_example_fails(mine: VLM) -> None:
+    """A device that has room for every batch, and for few hidden states beside it."""
+    parts, asked = inspect(mine, by="group"), task("vqa", n=10)
+    plans = [Plan.of(parts, {"language.end": scheme("rtn", bits)}) for bits in (3, 4)]
+    expected = [_SharedWork(mine, parts, [asked], plain=True).run(plan, 0, 10) for plan in plans]
+    trial = _SharedWork(mine, parts, [asked], growing=False)
+    cache = trial.prefix_cache
+    assert cache is not None
+
+    def look(*_: object) -> None:
+        if cache._bytes > 10_000:
+            raise torch.OutOfMemoryError
+
+    hook = mine.model.register_forward_pre_hook(look)
+    try:
+        with pytest.warns(Notice) as said:
+            found = [trial.run(plan, 0, trial.ends[-1]) for plan in plans]
+    finally:
+        hook.remove()
+    messages = [str(one.message) for one in said]
+    assert messages[-1].startswith("out of memory on cpu: plans share no more hidden states")
+    assert {str(one) for one in messages[:-1]} == {"out of memory on cpu: batches of vqa are halved"}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert dict(zip(ours["example"], ours["score"], strict=True)) == dict(
+            zip(theirs["example"], theirs["score"], strict=True)
+        )
 
 
 def rows_of(args: Any, kwargs: Any) -> int:

@@ -16,11 +16,16 @@ from few import few
 from PIL import Image
 from second_device import HERE, THERE, SecondDevice, where
 
+from sensitivity.api.sweeping import with_calibration
 from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.measure.calibrate.calibration import calibration_statistics
+from sensitivity.measure.gradients.token_importance import IMPORTANCE, TokenNumbers
 from sensitivity.measure.loop import _SharedWork
+from sensitivity.measure.passes.token_batches import ANSWER, PROMPT, VISION
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
+from sensitivity.quantize.methods import METHODS
+from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.plan import Plan
 from sensitivity.tasks.table import task
@@ -29,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
 ]
-METHODS = (
+SOME = (
     ("rtn", 3, {}),
     ("gptq", 3, {}),
     ("awq", 4, {"group": 8}),
@@ -99,9 +104,43 @@ def test_a_second_device_gives_the_same_answers(case: str, asked: str, tmp_path:
     name, path = case.split()
     folder = saved_vlms.save(name, tmp_path / "model")
     plain = path == "exposed"
-    methods = METHODS if path == "float" else METHODS[:2]
+    methods = SOME if path == "float" else SOME[:2]
     there, here = (rows(folder, asked, device, path, plain, methods, words=True) for device in ("cuda", "cpu"))
     alike(there, here)
+
+
+EVERY = [*METHODS, *PRESETS]
+
+
+@pytest.mark.parametrize("method", few(EVERY, ["salq-vlm", "gwq", "repq-vit", "wkv", "qsvd"]))
+def test_every_method_takes_what_it_needs_from_its_own_device(method: str, asked: str, tmp_path: Path) -> None:
+    folder, found = saved_vlms.save("llava", tmp_path / "model"), []
+    widths = METHODS[str(PRESETS.get(method, {"method": method})["method"])].widths
+    chosen = scheme(method, min(widths, key=lambda width: abs(width - 3)))
+    for device in ("cuda", "cpu"):
+        with SecondDevice() if device == "cuda" else nullcontext():
+            vlm, examples = load(str(folder), device=device, dtype="float32"), task(asked, n=4)
+            parts = inspect(vlm, "part")
+            (one,), statistics = with_calibration(vlm, parts, [chosen], [asked], 2, against=[examples], cache_gb=0)
+            trial = _SharedWork(vlm, parts, [examples], False, statistics)
+            found.append([trial.run(Plan.uniform(parts, one), 0, trial.ends[-1])] * 2)
+    alike(*found)
+
+
+@pytest.mark.parametrize("kind", IMPORTANCE)
+def test_weights_of_tokens_are_computed_where_the_tokens_are(kind: str) -> None:
+    draws = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for mode in (SecondDevice(), nullcontext()):
+        with mode:
+            device = "cuda" if isinstance(mode, SecondDevice) else "cpu"
+            numbers = {(str(row), "layer"): values.to(device) for row, values in enumerate(draws)}
+            modality = torch.tensor([VISION] * 4 + [PROMPT] * 2 + [ANSWER] * 2).to(device)
+            found.append(IMPORTANCE[kind][1](TokenNumbers(numbers, dict.fromkeys(numbers, modality))))
+    there, here = found
+    for key, weights in there.items():
+        assert where(weights) == THERE
+        np.testing.assert_array_equal(weights.cpu().numpy(), here[key].numpy())
 
 
 @pytest.mark.gpu
@@ -111,7 +150,7 @@ def test_a_gpu_gives_nearly_the_same_answers(case: str, asked: str, tmp_path: Pa
     """A sum in another order may round a weight to the neighbor of its code, no more."""
     name, path = case.split()
     folder = saved_vlms.save(name, tmp_path / "model")
-    methods = METHODS if path == "float" else METHODS[:2]
+    methods = SOME if path == "float" else SOME[:2]
     there = rows(folder, asked, "cuda", path, path == "exposed", methods, words=True, gpu=True)
     here = rows(folder, asked, "cpu", path, path == "exposed", methods, words=True)
     assert len(there) == len(here) > 1
@@ -122,7 +161,7 @@ def test_a_gpu_gives_nearly_the_same_answers(case: str, asked: str, tmp_path: Pa
 @pytest.mark.slow
 def test_retrieval_on_a_second_device(tmp_path: Path) -> None:
     folder = saved_vlms.save("blip2_itm", tmp_path / "model")
-    there, here = (rows(folder, "retrieval", d, "float", False, METHODS[:2], words=False) for d in ("cuda", "cpu"))
+    there, here = (rows(folder, "retrieval", d, "float", False, SOME[:2], words=False) for d in ("cuda", "cpu"))
     alike(there, here)
 
 

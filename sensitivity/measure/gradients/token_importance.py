@@ -126,11 +126,16 @@ def by_perturbation(seen: TokenNumbers) -> TokenWeights:
     token_weights = {}
     for key, values in seen.numbers.items():
         share = values / values.sum().clamp(min=TINY)
-        first, third = torch.quantile(share, torch.tensor([0.25, 0.75], device=share.device, dtype=share.dtype))
+        first, third = _quartiles(share)
         reach = 1.5 * (third - first)
         share = share.clamp(min=(first - reach).clamp(min=0), max=third + reach)
         token_weights[key] = share / share.mean().clamp(min=TINY)
     return token_weights
+
+
+def _quartiles(values: Tensor) -> Tensor:
+    """The first and the third quartile."""
+    return torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device, dtype=values.dtype))
 
 
 def by_filter(seen: TokenNumbers) -> TokenWeights:
@@ -143,7 +148,7 @@ def by_filter(seen: TokenNumbers) -> TokenWeights:
         means.setdefault(name, []).append(values.mean())
     fences = {}
     for name, of_examples in means.items():
-        first, third = torch.quantile(torch.stack(of_examples).double(), torch.tensor([0.25, 0.75]).double())
+        first, third = _quartiles(torch.stack(of_examples).double())
         reach = 1.5 * (third - first)
         fences[name] = (first - reach, third + reach) if len(of_examples) >= 4 else None
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,19 +14,36 @@ from sensitivity.spec.errors import Notice, UserError
 T = TypeVar("T")
 
 
-def run_or_halve(run: Callable[[], T], at_once: int, what: str, device: torch.device) -> T | None:
+def run_or_halve(
+    run: Callable[[], T], at_once: int, what: str, device: torch.device, release: Callable[[], bool] | None = None
+) -> T | None:
     """The result of `run` on `at_once` examples; None if it ran out of memory and half as many may fit.
 
-    The caller retries after this function has returned, not inside it: an exception that is being handled keeps alive
-    the tensors that did fit.
+    None for a single example, too, if `release` freed memory that plans share: it may fit now. The caller retries
+    after this function has returned, not inside it: an exception that is being handled keeps alive the tensors that
+    did fit.
     """
     try:
         return run()
     except torch.OutOfMemoryError as error:
-        if at_once == 1:
+        if at_once == 1 and not (release and release()):
             why = f"a single example of {what} does not fit into the memory of {device}"
             raise UserError(f"{why}; choose a narrower --dtype or another --device") from error
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    warnings.warn(f"out of memory on {device}: batches of {what} are halved", Notice, stacklevel=2)
+    halved = f"batches of {what} are halved"
+    slower = "plans share no more hidden states from here on, which takes longer"
+    warnings.warn(f"out of memory on {device}: {halved if at_once > 1 else slower}", Notice, stacklevel=2)
     return None
+
+
+def room_for_states(device: torch.device, weights: int) -> int:
+    """Bytes that hidden states may take on a GPU; sys.maxsize elsewhere, where the user's own limit is enough.
+
+    A quarter of what is free beside a plan's quantized weights, of which `weights` is the size: the rest is for the
+    batches, of which a question alone may take as much as an image.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return sys.maxsize
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(free - weights, 0) // 4

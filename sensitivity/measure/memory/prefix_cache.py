@@ -141,6 +141,13 @@ class PrefixCache:
             kept.clear()
         self._bytes = 0
 
+    def release(self) -> bool:
+        """Free all hidden states for good, because the memory is needed; false if there were none."""
+        freed, self.limit = self._bytes > 0, 0
+        for batch in {slot[0] for slot in self._states} | set(self._caches):
+            self.exclude(batch)
+        return freed
+
     def verify_boundaries(self, run: Callable[[], object]) -> None:
         """Run once and record, then once more from each boundary; a boundary that changes the outcome is dropped.
 
