@@ -20,6 +20,7 @@ import transformers as T
 from sensitivity.measure.calibrate.calibration import GRAM_BYTES, gather_float
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare
+from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.measure.passes.token_batches import PROMPT, VISION, TokenBatch
 from sensitivity.models.discovery import inspect
 from sensitivity.models.families import family_of
@@ -96,7 +97,7 @@ def main() -> None:
     widths = [int(bits) for bits in args.bits.split(",")]
     for name in parts.names:  # block by block, so that no more than one block's results are held
         plans = [Plan.of(parts, {name: scheme(args.method, bits, calibration=facts)}) for bits in widths]
-        prepare(vlm.model, parts, plans, {}, statistics)
+        prepare(vlm.model, parts, plans, WeightCodes(), statistics)
         print(f"{time.perf_counter() - began:.1f} s, {name}", file=sys.stderr, flush=True)
     if args.device.startswith("cuda"):
         torch.cuda.synchronize()

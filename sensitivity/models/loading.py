@@ -65,6 +65,9 @@ def load(
         >>> vlm = load("embedded:scenes-llava")
     """
     torch_device, torch_dtype = device_of(device), dtype_of(dtype)
+    if torch_device is None or torch_device.type == "cuda":
+        # cudnn may round a convolution's inputs to 10 bits by default: pixels of a model in float32 would lose 13 bits
+        torch.backends.cudnn.allow_tf32 = False
     folder, adapter = resolve(name, config_only)
     if adapter is not None:
         base = load(adapter.base, device=device, dtype=dtype, config_only=config_only)

@@ -165,6 +165,14 @@ def test_retrieval_on_a_second_device(tmp_path: Path) -> None:
     alike(there, here)
 
 
+def test_float32_is_float32_in_convolutions_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    folder = saved_vlms.save("llava", tmp_path / "model")
+    with SecondDevice():
+        load(str(folder), device="cuda", dtype="float32")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 def test_what_is_mixed_is_an_error() -> None:
     with SecondDevice():
         here, there = torch.ones(2, 2), torch.ones(2, 2, device="cuda")

@@ -79,6 +79,17 @@ def test_the_error_is_that_of_the_best_product_of_its_rank(rank: int) -> None:
         assert best < error((left[:, :rank] * sizes[:rank]) @ right[:rank] / weighed)
 
 
+def test_the_sign_of_an_eigenvector_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries choose it, and each processor's differs."""
+    linears, _ = attention()
+    root, found = root_of(linears, 0.01), torch.linalg.eigh
+    expected = factors(linears.rows, root, 9, 0.2)
+    signs = torch.randn(COLS, generator=torch.Generator().manual_seed(3)).sign()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (found(matrix)[0], found(matrix)[1] * signs))
+    for one, other in zip(factors(linears.rows, root, 9, 0.2), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_more_bits_and_more_rank_err_less() -> None:
     linears, inputs = attention(64)
     for settings in ([{"bits": b, "rank": 1.0} for b in (2, 4, 8)], [{"bits": 8, "rank": r} for r in (0.25, 0.5, 1.0)]):

@@ -22,7 +22,7 @@ from sensitivity.spec.sizes import GB
 
 UNSEEN = 0.01  # share of the limit that is written before a cache looks again at what its folder holds
 GONE = "No such file"  # in the message of the system where a folder was deleted meanwhile
-VERSION = 7  # raised when the meaning of an entry changes
+VERSION = 8  # raised when the meaning of an entry changes
 
 
 def cache_folder() -> Path:

@@ -45,6 +45,8 @@ def factors(rows: Tensor, root: Tensor, rank: int, beta: float) -> tuple[Tensor,
     weighed = rows @ root
     # V, as the eigenvectors of (W root)' (W root); torch sorts eigenvalues upwards, so the largest are last
     directions = torch.linalg.eigh(weighed.T @ weighed)[1].flip(1)[:, :rank]
+    # an eigenvector's sign is the library's own choice, and the rotation makes other numbers of another sign
+    directions = directions * directions.gather(0, directions.abs().argmax(0)[None]).sign()
     scaled = weighed @ directions
     # the floor avoids a division by zero in directions in which the weights are zero
     sizes = scaled.norm(dim=0)
