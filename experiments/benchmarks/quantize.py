@@ -20,6 +20,7 @@ from experiments.parity.gptq import published, theirs
 from experiments.parity.layers import Layer
 from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.install.plan_in_model import prepare
+from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.quantize.layer.linears import Linears
@@ -52,12 +53,13 @@ def shared(model: str) -> list[str]:
     calibration_statistics(vlm, parts, tasks)  # not timed: the first call loads libraries
     study = timed(lambda: calibration_statistics(vlm, parts, tasks))
     statistics = calibration_statistics(vlm, parts, tasks)
-    prepare(vlm.model, parts, [Plan.uniform(parts, scheme("rtn", 4))], {})
+    prepare(vlm.model, parts, [Plan.uniform(parts, scheme("rtn", 4))], WeightCodes())
     for method in ("gptq", "paper-gptq", "clip", "awq"):
 
         def at(widths: tuple[int, ...], method: str = method) -> float:
             plans = [Plan.uniform(parts, scheme(method, b, calibration=statistics.facts)) for b in widths]
-            return timed(lambda: prepare(vlm.model, parts, plans, {}, statistics), 1 if method == "awq" else 3)
+            times = 1 if method == "awq" else 3
+            return timed(lambda: prepare(vlm.model, parts, plans, WeightCodes(), statistics), times)
 
         one, six = at((4,)), at(WIDTHS)
         lines.append(
