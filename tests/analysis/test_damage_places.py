@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import answered
 import pytest
@@ -17,6 +18,7 @@ from sensitivity.analysis.failures.gallery import MAX_EXPLAINED, changed, galler
 from sensitivity.analysis.reporting.failures_page import write
 from sensitivity.api import explaining
 from sensitivity.cli.main import main
+from sensitivity.cli.output.tables import print_explanation
 from sensitivity.models.processors import square_seen
 from sensitivity.spec.plan import Plan
 from sensitivity.study.storage import paths
@@ -93,6 +95,20 @@ def test_what_an_earlier_version_stored_is_left_out(tmp_path: Path) -> None:
         assert explanations_of(study.path, TWO) == []
     file.write_bytes(b"\xff")
     assert explanations_of(study.path, TWO) == []
+
+
+@pytest.mark.parametrize(("language", "said"), [(-0.009, True), (0.001, False)])
+def test_shares_of_a_change_that_nearly_cancels_are_said_to_mean_little(
+    language: float, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = 0.01 + language
+    integral = SimpleNamespace(change=change, before=0.1, after=0.1 + change, passes=2, missing=0.001)
+    blame = SimpleNamespace(components={"vision": 0.01, "language": language}, modalities={}, regions={})
+    explained: Any = SimpleNamespace(
+        plan=TWO, examples=[1], of_failures=False, integral=integral, blame=blame, boxes=None
+    )
+    print_explanation(explained)
+    assert ("shares of so small a change say little" in capsys.readouterr().out) == said
 
 
 def test_only_failures_of_the_requested_tasks_are_explained(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ COUNT_HEADS = {  # count of answers -> the head of its column
     "malformed": "malformed",
 }
 KEY_LENGTH = 8  # characters of a plan's key that are printed: enough to name the plan
+CANCEL = 3  # times the change of the loss: where the components' shares add up to more, they nearly cancel
 WIDTH = 120  # columns where there is no terminal to ask
 
 
@@ -215,6 +216,8 @@ def print_explanation(explained: Explanation) -> None:
         f"  the loss of right answers rises from {facts.before / count:.4f} to {facts.after / count:.4f} on "
         f"{which} ({facts.passes} backward passes; the shares below miss {facts.missing:.1%} of that rise)"
     )
+    if sum(map(abs, explained.blame.components.values())) > CANCEL * abs(change):
+        print("  components raise and lower it by far more than it changes: shares of so small a change say little")
     for title, shares in (("component", explained.blame.components), ("modality", explained.blame.modalities)):
         rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]
         print_table(f"Share of the damage by {title}, in percent", (title, "share"), rows)
