@@ -34,7 +34,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Setting
 from sensitivity.spec.sizes import GB
 from sensitivity.spec.stage import each
-from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.table import task as find_task
 
 GRAM_BYTES = 1 << 30  # bytes of Gram matrices in memory at once; one block of a 7B model has 0.7 GB
@@ -130,7 +130,31 @@ def calibration_examples(tasks: Sequence[str], n: int, seed: int) -> list[Task]:
     if not names or n < len(names):
         raise UserError(f"{n} calibration examples are too few for {len(names)} tasks; each needs at least one")
     counts = [n // len(names) + (i < n % len(names)) for i in range(len(names))]
-    return [find_task(name, "calibration", count, seed) for name, count in zip(names, counts, strict=True)]
+    return [_on_many_images(name, count, seed) for name, count in zip(names, counts, strict=True)]
+
+
+def _on_many_images(name: str, n: int, seed: int) -> Task:
+    """n calibration examples of one task; where several share an image, of as many images as can be."""
+    drawn = find_task(name, "calibration", n, seed)
+    images = len({example.cluster for example in drawn.examples})
+    if images < len(drawn.examples):
+        drawn = find_task(name, "calibration", n * -(-len(drawn.examples) // images), seed)
+    return replace(drawn, examples=over_images(drawn.examples, n))
+
+
+def over_images(examples: Sequence[Example], n: int) -> tuple[Example, ...]:
+    """n examples that show as many images as they can: one of each image, then a second one, and so on.
+
+    Questions to one image say much the same of the layers that read it. Of the first image the first example is taken,
+    of the next one its second, so that all kinds of questions are there.
+    """
+    of_image: dict[str, list[Example]] = {}
+    for example in examples:
+        of_image.setdefault(example.cluster, []).append(example)
+    images = list(of_image.values())
+    turns = range(max(map(len, images), default=0))
+    taken = [one[(turn + place) % len(one)] for turn in turns for place, one in enumerate(images) if turn < len(one)]
+    return tuple(taken[:n])
 
 
 def _token_weights(vlm: VLM, parts: ComponentMap, data: Data, kinds: Sequence[str]) -> dict[str, TokenWeights]:
