@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sensitivity.api.sweeping import sweep, with_calibration
-from sensitivity.measure.calibrate.calibration import calibration_statistics
+from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.passes.token_batches import VISION, answer_batches, calibration_pass
@@ -22,7 +22,6 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.tasks.table import task
 
 N = 4
 
@@ -48,7 +47,7 @@ def read(vlm: VLM, weights: Sequence[Weight]) -> tuple[dict[str, Tensor], Tensor
                 found.setdefault(name, []).append(args[0].flatten(0, -2).double())
 
             hooks.callback(vlm.model.get_submodule(weight.reader).register_forward_pre_hook(hook).remove)
-        for batch in answer_batches(vlm, [task("vqa", "calibration", N, 0)]):
+        for batch in answer_batches(vlm, calibration_examples(["vqa"], N, 0)):
             calibration_pass(vlm, batch)
             modality, _ = batch.modality("language", found[input_of(weights[-1])][-1].shape[:1])
             assert modality is not None

@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fed_vlms import FAMILIES, built, fed
@@ -24,7 +25,13 @@ from torch import Tensor, nn
 
 from sensitivity.api.sweeping import with_calibration as calibrated_
 from sensitivity.measure.calibrate.cache import Cache
-from sensitivity.measure.calibrate.calibration import calibration_statistics, gather_exposed, gather_float
+from sensitivity.measure.calibrate.calibration import (
+    calibration_examples,
+    calibration_statistics,
+    gather_exposed,
+    gather_float,
+    over_images,
+)
 from sensitivity.measure.calibrate.collecting import collect
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.install.plan_in_model import prepare, quantized
@@ -48,7 +55,7 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.table import task
 
 N = 20
@@ -88,8 +95,8 @@ def test_statistics_are_what_a_plain_loop_over_examples_finds(
             seen[name] = seen.get(name, 0) + x.T @ x
 
         handles.append(scenes_llava.model.get_submodule(weight.module).register_forward_pre_hook(hook))
-    for kind in ("vqa", "caption"):
-        for example in task(kind, "calibration", N // 2, 0).examples:
+    for drawn in calibration_examples(["vqa", "caption"], N, 0):
+        for example in drawn.examples:
             text = scenes_llava.processor.apply_chat_template(
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example.prompt}]}],
                 add_generation_prompt=True,
@@ -112,7 +119,7 @@ def test_every_token_is_counted_once_by_what_it_is(
     scenes_llava: VLM, parts: ComponentMap, statistics: Statistics
 ) -> None:
     tokenizer = scenes_llava.processor.tokenizer
-    examples = [e for kind in ("vqa", "caption") for e in task(kind, "calibration", N // 2, 0).examples]
+    examples = [e for drawn in calibration_examples(["vqa", "caption"], N, 0) for e in drawn.examples]
     words = [len(tokenizer(e.prompt, add_special_tokens=False)["input_ids"]) + 1 for e in examples]  # and <answer>
     said = [len(tokenizer(e.answers[0], add_special_tokens=False)["input_ids"]) for e in examples]
     found = statistics.gather(parts.weights)
@@ -354,6 +361,34 @@ def test_calibration_data_is_never_evaluated_on(scenes_llava: VLM, parts: Compon
     file.write_text("\n".join(json.dumps(line) for line in lines))
     with pytest.raises(UserError, match="calibration example calibration of mine is also evaluated on"):
         calibration_statistics(scenes_llava, parts, [str(file)], n=1, against=[task(str(file), "evaluation")])
+
+
+def test_calibration_examples_show_as_many_images_as_there_are() -> None:
+    """Five questions share an image: of each image one is taken, of all kinds alike, before a second one is."""
+    (drawn,) = calibration_examples(["vqa"], 40, 0)
+    assert len({example.id for example in drawn.examples}) == len({example.cluster for example in drawn.examples}) == 40
+    assert set(Counter(example.kind for example in drawn.examples).values()) == {8}
+    (again,) = calibration_examples(["vqa"], 40, 0)
+    assert [one.id for one in again.examples] == [one.id for one in drawn.examples]
+    images = [
+        Example(f"{image}-{k}", image, "", np.zeros((2, 2, 3), dtype=np.uint8), "?", ("a",))
+        for image in "abc"
+        for k in range(3)
+    ]
+    assert [one.id for one in over_images(images, 4)] == ["a-0", "b-1", "c-2", "a-1"]
+    assert sorted(one.id for one in over_images(images, 99)) == sorted(one.id for one in images)
+
+
+def test_own_lines_are_calibrated_on_whatever_images_there_are(tmp_path: Path) -> None:
+    """Two images and nine questions: no more can be shown, and the number that was asked for is kept."""
+    for name in "ab":
+        Image.fromarray(np.full((8, 8, 3), ord(name), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    asked = {"answers": ["x"], "split": "calibration"}
+    lines = [{"image": f"{'ab'[k % 2]}.png", "prompt": f"{k}?", **asked} for k in range(9)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (drawn,) = calibration_examples([str(tmp_path / "own.jsonl")], 6, 0)
+    assert len(drawn.examples) == len({example.id for example in drawn.examples}) == 6
+    assert sorted(Counter(example.cluster for example in drawn.examples).values()) == [3, 3]
 
 
 def test_facts_name_the_data(statistics: Statistics) -> None:
