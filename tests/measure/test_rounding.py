@@ -19,7 +19,7 @@ from torch import nn
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
 from sensitivity.api.sweeping import grid, sweep, with_calibration
-from sensitivity.measure.calibrate.calibration import calibration_statistics
+from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
@@ -131,7 +131,7 @@ def test_a_fixed_range_is_the_largest_input_of_the_calibration_data(scenes_llava
     model = scenes_llava.model
     handles = [model.get_submodule(w.reader).register_forward_pre_hook(note(name)) for name, w in inputs.items()]
     with torch.inference_mode():
-        for batch in token_batches(scenes_llava, [task("vqa", "calibration", 4, 0)]):
+        for batch in token_batches(scenes_llava, calibration_examples(["vqa"], 4, 0)):
             calibration_pass(scenes_llava, batch)
     for handle in handles:
         handle.remove()
