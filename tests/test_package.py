@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from forked import forked
+
+import sensitivity
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -84,6 +87,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (built,) = folder.glob("*.whl")
     assert built.name.startswith("vlm_sensitivity-")
     return built
+
+
+def test_type_checkers_see_the_public_names_where_they_are_defined() -> None:
+    """Names are imported on first use, which a type checker cannot follow: a block that never runs says it again."""
+    tree = ast.parse((ROOT / "sensitivity" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    said = {
+        name.asname: str(node.module).removeprefix("sensitivity.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert said == sensitivity._HOMES
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
