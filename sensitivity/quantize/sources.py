@@ -154,7 +154,7 @@ SOURCES: dict[str, Source] = {
         "Q-VLM (NeurIPS 2024)",
         FULL,
         "layers are transformer blocks; the threshold of dependency is its mean; each number has one level, there "
-        "soft shares of several; a block ends with its component; the vision encoder is not trained",
+        "soft shares of several; a block ends with its component; the vision encoder is trained in an experiment",
     ),
     "qvlm-released": Source(
         "Q-VLM, its released code",
