@@ -81,7 +81,7 @@ def test_where_scores_misjudge_all_trials_are_used_and_more_are_advised(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounded to nearest at few bits, no plan keeps much: the surrogate expects no gain, and the search goes on."""
-    line = f"plan {MODEL} --method rtn --bits 2,3,8 --bpw 2.7 --n 12 --calibration-n 4 --top 1 --json"
+    line = f"plan {MODEL} --method rtn --bits 2,3,8 --bpw 2.6 --n 12 --calibration-n 4 --top 1 --json"
     found, err = run(capsys, f"{line} --trials 7 --out {folder / 'misjudged'}")
     assert found["plans_measured"] == 7
     assert "the 7 measured plans keep little of full precision (at most " in err
@@ -91,7 +91,7 @@ def test_where_scores_misjudge_all_trials_are_used_and_more_are_advised(
     monkeypatch.setattr(planning, "MORE", 9)  # what was advised has run
     _, err = run(capsys, f"{line} --trials 9 --out {folder / 'misjudged'}")
     assert "`sensitivity sweep` with the same --out, --by and --n 12 goes on from here" in err
-    found, err = run(capsys, f"{line.replace('2.7', '7')} --trials 7 --out {folder / 'easy'}")
+    found, err = run(capsys, f"{line.replace('2.6', '7')} --trials 7 --out {folder / 'easy'}")
     assert found["plans_measured"] < 7
     assert "keep little" not in err
 
