@@ -51,6 +51,7 @@ ROUNDED = Scheme("rtn", 8, "row", True, activations=8)
 REST = tuple(name for name in FAMILIES if name not in FAST)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
 @pytest.mark.parametrize("names", [FAST, pytest.param(REST, marks=pytest.mark.slow)], ids=["few", "others"])
 def test_the_lines_of_the_card_generate(names: tuple[str, ...], tmp_path: Path) -> None:
     """Of plans with one width, which transformers unpacks on loading, and of mixed ones; families at once."""
