@@ -55,9 +55,8 @@ def answer(
     """Answers of a batch, greedy unless the task sets a search, and right answers' negative log-likelihood per token.
 
     A batch that runs out of memory is split in two, and stays split for this plan and all later ones; where a single
-    example does, what plans share is given up. With a prefix
-    cache, forward passes reuse the hidden states that this plan shares with the previous one; `name` is the batch's
-    key in that cache.
+    example does, the hidden states that plans share are freed for good. With a prefix cache, forward passes reuse the
+    hidden states that this plan shares with the previous one; `name` is the batch's key in that cache.
     """
     if not batch.halves:
         attempt = partial(_answered, vlm, task, batch, prefix_cache, name)
@@ -65,7 +64,7 @@ def answer(
         answered = run_or_halve(attempt, at_once, task.name, vlm.device, release)
         if answered is not None:
             return answered
-        if at_once == 1:
+        if at_once == 1:  # hidden states were freed: the example may fit now
             return answer(vlm, task, batch, prefix_cache, name)
         # a gallery is never split, since every image is compared with every caption: only its chunks shrink
         if batch.chunk_size:
