@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from sensitivity.formats.checkpoints.fake import LOAD
 from sensitivity.formats.writing.checkpoint import PackedLayout, bytes_beside_tensors, write_checkpoint
 from sensitivity.formats.writing.job import Job, Written
 from sensitivity.formats.writing.packing import pack
 from sensitivity.formats.writing.stream import Spec
+from sensitivity.models.loading import load as load_model
 from sensitivity.quantize.stored.integer_grid import QuantizedWeight
 from sensitivity.spec.components import Weight
 from sensitivity.spec.plan import NOT_ROUNDED, Scheme
@@ -22,6 +24,20 @@ from sensitivity.spec.stored_bits import groups
 # its names for codes packed into words, for one byte per code (if activations are rounded), and for a mix of both
 PACKED, BYTES, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 UNPACK = "model.hf_quantizer.compressor.decompress_model(model)\n"
+# transformers 5.23 initializes what a file leaves out; in some families (SigLIP, T5) it looks for packed weights then
+LEAVE_PACKED = """\
+import contextlib
+from transformers import PreTrainedModel
+
+plainly = PreTrainedModel._initialize_weights
+
+def initialize(self, layer, *more):
+    with contextlib.suppress(AttributeError):  # some layers of this model look for weights that are still packed
+        plainly(self, layer, *more)
+
+PreTrainedModel._initialize_weights = initialize
+
+"""
 LAST_LINE = (
     "Without the last line the weights are unpacked by the first forward pass of the whole model, and `generate` reads "
     "images before it; transformers itself unpacks on loading only where all weights have the same width and group. "
@@ -39,8 +55,10 @@ def write(job: Job, folder: Path) -> Written:
     """Write a checkpoint that plain `from_pretrained` loads where compressed-tensors is installed."""
     weight, hashes = write_checkpoint(job, folder, packed_layout(job.scale_dtype), {"quantization_config": config(job)})
     load = LOAD.format(dtype=job.dtype_name)
+    if not has_one_group(job):
+        load = ("" if _starts_packed(job) else LEAVE_PACKED) + load + UNPACK
     return Written(
-        load=load if has_one_group(job) else load + UNPACK,
+        load=load,
         bytes=weight,
         hashes=hashes,
         headers=bytes_beside_tensors(folder, weight),
@@ -57,6 +75,20 @@ def has_one_group(job: Job) -> bool:
     # weights whose inputs are rounded are stored in bytes, others packed into words
     stored = {(s.bits, s.group, s.symmetric, s.activations == NOT_ROUNDED) for _, s, _ in job.groups()}
     return len(stored) == 1
+
+
+def _starts_packed(job: Job) -> bool:
+    """Whether transformers can initialize the model without the weights that are packed; tried without any numbers."""
+    model = load_model(job.name, config_only=True).model
+    assert isinstance(model, PreTrainedModel)
+    for _, _, modules in job.groups():
+        for module in modules:
+            del model.get_submodule(module).weight
+    try:
+        model.initialize_weights()  # type: ignore[no-untyped-call]
+    except AttributeError:
+        return False
+    return True
 
 
 def _loads(scheme: Scheme) -> bool:
