@@ -22,6 +22,9 @@ from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.table import task as find_task
 
 SHARE, ROUGHLY = 0.1, 0.05  # of tokens and weights; of the change of the loss that an integral may miss here
+# an answer is clearly wrong if the right one's loss is above this (of each token, in nats); any change mends near ties
+CLEAR_LOSS = 3.0
+CLEAR_SEED, MOST_CLEAR = 100_011, 6000  # of the examples that are asked for such answers, and how many at most
 # behind which module the features of the image are put back, and how many of its tokens come before the patches
 BEHIND = {"llava": ("model.multi_modal_projector", 0), "blip2": ("vision_model.encoder.layers.5", 1)}
 
@@ -35,21 +38,27 @@ def blame_on_task(vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], 
     return blame_of(parts, vlm.family, integral)
 
 
-def right(vlm: VLM, task: Task) -> np.ndarray:
+def measured(vlm: VLM, task: Task, column: str) -> np.ndarray:
     rows = evaluate(vlm, task)
-    by_id = dict(zip(rows["example"], rows["score"], strict=True))
+    by_id = dict(zip(rows["example"], rows[column], strict=True))
     return np.array([float(by_id[example.id]) for example in task.examples])
 
 
-def lost(vlm: VLM, parts: ComponentMap, plan: Plan, answers: int) -> tuple[Task, int]:
-    """So many answers that a plan turns from right to wrong, and how many examples were asked for them."""
+def lost(vlm: VLM, parts: ComponentMap, plan: Plan, answers: int, clearly: bool = False) -> tuple[Task, int]:
+    """So many answers that a plan turns from right to wrong, and how many examples were asked for them.
+
+    `clearly`: only those whose right answer has a loss above CLEAR_LOSS under the plan; they are of other examples than
+    the ones on which that limit was chosen.
+    """
     flipped: list[Example] = []
-    asked = 0
-    while len(flipped) < answers and asked < 2000:
-        task = find_task("vqa", n=250, seed=11 + asked)
+    asked, seed = 0, CLEAR_SEED if clearly else 11
+    while len(flipped) < answers and asked < (MOST_CLEAR if clearly else 2000):
+        task = find_task("vqa", n=250, seed=seed + asked)
         with quantized(vlm.model, parts, plan):
-            wrong = right(vlm, task) == 0
-        wrong &= right(vlm, task) == 1
+            wrong = measured(vlm, task, "score") == 0
+            if clearly:
+                wrong &= measured(vlm, task, "nll") > CLEAR_LOSS
+        wrong &= measured(vlm, task, "score") == 1
         flipped += [example for example, is_lost in zip(task.examples, wrong, strict=True) if is_lost]
         asked += 250
     return replace(task, examples=tuple(flipped[:answers])), asked
@@ -96,11 +105,11 @@ def most(values: Tensor) -> list[int]:
     return found
 
 
-def tokens(vlm: VLM, answers: int, bits: int) -> dict[str, object]:
+def tokens(vlm: VLM, answers: int, bits: int, clearly: bool = False) -> dict[str, object]:
     parts = inspect(vlm, by="part")
     chosen = {"vision": scheme("rtn", bits)} | ({} if "blip2" in vlm.name else {"connector": scheme("rtn", bits)})
     plan = Plan.of(parts, chosen)
-    task, asked = lost(vlm, parts, plan, answers)
+    task, asked = lost(vlm, parts, plan, answers, clearly)
     found = blame_on_task(vlm, parts, plan_changes(vlm.model, parts, plan), task)
     grids = {i: grid.flatten() for i, grid in found.regions.items()}
     draw, hits = np.random.default_rng(0), {"most": 0.0, "random": 0.0, "least": 0.0, "all": 0.0}
@@ -119,11 +128,11 @@ def tokens(vlm: VLM, answers: int, bits: int) -> dict[str, object]:
     return {"asked": asked, "flipped": len(task.examples), **hits}
 
 
-def parts_back(vlm: VLM, answers: int, bits: int = 3) -> dict[str, object]:
+def parts_back(vlm: VLM, answers: int, bits: int = 3, clearly: bool = False) -> dict[str, object]:
     parts = inspect(vlm, by="linear")
     coarse = scheme("rtn", bits)
     plan = Plan.uniform(parts, coarse)
-    task, asked = lost(vlm, parts, plan, answers)
+    task, asked = lost(vlm, parts, plan, answers, clearly)
     # blame is of other examples than those that are mended: half of them
     half = len(task.examples) // 2
     blamed, mended = (replace(task, examples=some) for some in (task.examples[:half], task.examples[half:]))
@@ -141,7 +150,7 @@ def parts_back(vlm: VLM, answers: int, bits: int = 3) -> dict[str, object]:
         for order in choices:
             back = first_that_fit(order, sizes, SHARE * sum(sizes.values()))
             with quantized(vlm.model, parts, Plan(tuple((n, None if n in back else coarse) for n in sizes))):
-                scores.append(right(vlm, mended).sum())
+                scores.append(measured(vlm, mended, "score").sum())
         hits[name] = float(np.mean(scores))
     return {"asked": asked, "flipped": len(mended.examples), **hits, "all": len(mended.examples)}
 
