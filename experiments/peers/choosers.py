@@ -65,8 +65,9 @@ SETTINGS = {
 }  # fmt: skip
 WHO = {"fisher": "ModelOpt's gradient", "kl": "ModelOpt's KL", "autoround": "AutoRound's DeltaLoss", "higgs": "HIGGS",
        "coverage": "Aumann-Shapley coverage", "weight": "relative weight error", "gram": "relative Gram error",
-       "kfac": "fisher by K-FAC", "change": "absolute gradient x change", "path": "integral along the path",
-       "loss": "loss one at a time", "one at a time": "each component run alone, scores added"}  # fmt: skip
+       "kfac": "fisher by K-FAC", "swing": "roots of each example's kfac", "change": "absolute gradient x change",
+       "path": "integral along the path", "loss": "loss one at a time",
+       "one at a time": "each component run alone, scores added"}  # fmt: skip
 
 
 @dataclass

@@ -71,8 +71,11 @@ def layers(given: Calibrated) -> dict[str, list[tuple[Tensor, Tensor, TokenBatch
 
 def test_scores_are_their_formulas(given: Calibrated) -> None:
     """Each layer by itself, from its inputs and gradients; the sums over a component are the scores."""
-    found = {one.name: one for one in attribute(given, ["weight", "gram", "kfac", "fisher", "change"])}
+    found = {one.name: one for one in attribute(given, ["weight", "gram", "kfac", "swing", "fisher", "change"])}
     seen = layers(given)
+    variances: dict[
+        tuple[str, int], list[Tensor]
+    ] = {}  # of a part under a scheme: for each layer, those of the examples
     expected = {name: {part: [0.0] * len(BITS) for part in given.parts.names} for name in found}
     plans = [Plan.uniform(given.parts, chosen) for chosen in given.schemes]
     changes = [plan_changes(given.vlm.model, given.parts, plan) for plan in plans]
@@ -86,11 +89,19 @@ def test_scores_are_their_formulas(given: Calibrated) -> None:
             inputs = torch.cat([read for read, _, _ in seen[weight.name]]).float()
             expected["gram"][weight.part][i] += float((inputs @ error.T).norm() ** 2 / (inputs @ own.T).norm() ** 2)
             squares = torch.cat([gradient for _, gradient, _ in seen[weight.name]]).float().square().mean(0)
-            expected["kfac"][weight.part][i] += float(((inputs @ error.T).square() * squares).sum())
+            form = (inputs @ error.T).square().mean(0)  # of each row, over the tokens of all examples
+            expected["kfac"][weight.part][i] += float((form * squares).sum()) * len(inputs)
+            each = torch.stack([gradient.float().square().sum(0) for _, gradient, _ in seen[weight.name]])
+            variances.setdefault((weight.part, i), []).append(each @ form)
             for read, gradient, _ in seen[weight.name]:  # one example in each batch
                 products = (read.float() @ error.T) * gradient
                 expected["fisher"][weight.part][i] += float(products.square().sum())
                 expected["change"][weight.part][i] += abs(float(products.sum()))
+    for (
+        part,
+        i,
+    ), of_layers in variances.items():  # what layers of a part add to an example's loss counts as independent
+        expected["swing"][part][i] = float(sum(of_layers).sqrt().sum())
     for name, by_part in expected.items():
         for part, values in by_part.items():
             if name == "gram" and part == "vision":
@@ -204,7 +215,7 @@ def test_a_block_at_a_time_gives_the_same_scores(given: Calibrated) -> None:
     """Codes of a large model do not fit into memory at all widths: few are held, and nothing differs."""
     few_codes = replace(given)
     few_codes.__dict__["errors"] = WeightErrors(given.vlm.model, given.parts, given.schemes, given.statistics, limit=0)
-    names = ["weight", "gram", "kfac", "fisher"]
+    names = ["weight", "gram", "kfac", "swing", "fisher"]
     for whole, one in zip(attribute(given, names), attribute(few_codes, names), strict=True):
         for part, row in whole.scores.items():
             assert list(one.scores[part].values()) == pytest.approx(list(row.values()), rel=1e-5), (one.name, part)

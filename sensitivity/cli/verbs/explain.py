@@ -33,11 +33,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--scores",
         type=values.comma_separated(values.name),
-        default=("weight", "gram", "kfac", "fisher", "change"),
+        default=("weight", "gram", "kfac", "swing", "fisher", "change"),
         metavar="S[,S]",
-        help="weight and gram (relative errors of weights and of outputs), kfac, fisher and change (from gradients);"
-        " slower: kl, loss and higgs (a component at a time), path and coverage (from integrated gradients)"
-        " (default: weight,gram,kfac,fisher,change)",
+        help="weight and gram (relative errors of weights and of outputs), kfac, swing, fisher and change (from"
+        " gradients); slower: kl, loss and higgs (a component at a time), path and coverage (from integrated gradients)"
+        " (default: weight,gram,kfac,swing,fisher,change)",
     )
     p.add_argument(
         "--check",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -13,8 +14,7 @@ from sensitivity.measure.attribution.answer_changes import AnswerChanges, Predic
 from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_changes
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.gradients.backward import in_rows_that_fit
-from sensitivity.measure.gradients.first_order import FirstOrder, first_order_scores
-from sensitivity.measure.gradients.output_gradients import OutputGradients, squared_output_gradients
+from sensitivity.measure.gradients.first_order import Change, Fisher, Gathering, Passed, Squares, gather
 from sensitivity.measure.gradients.path_integral import integrate_path
 from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes
@@ -25,6 +25,7 @@ from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme, without_unused_cache
 
 Scores = dict[str, dict[Scheme, float]]  # component -> scheme -> damage, in the score's own unit
+GATHERED = ("squares", "fisher", "change")  # the properties of Calibrated that backward passes gather
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Calibrated:
     schemes: Sequence[Scheme]
     statistics: Statistics
     data: Callable[[int], Iterable[TokenBatch]]  # takes the most rows that a batch may have
+    gathered: dict[str, Gathering] = field(default_factory=dict, init=False)  # by kind: those of GATHERED so far
+    seconds: dict[str, float] = field(default_factory=dict, init=False)  # of the processor: what each kind takes alone
+    loss: float | None = field(default=None, init=False)  # mean over the examples of a backward pass
 
     @cached_property
     def errors(self) -> WeightErrors:
@@ -72,28 +76,60 @@ class Calibrated:
             )
         return found
 
-    @cached_property
-    def output_gradients(self) -> OutputGradients:
-        """Squared gradients of the loss with respect to layers' outputs, from one backward pass over the data."""
-        return in_rows_that_fit(
-            self.vlm, self.data, lambda data: squared_output_gradients(self.vlm, self.weights, data())
-        )
+    def gather(self, *kinds: str) -> None:
+        """Compute some of GATHERED, as far as they are missing; those asked for together share backward passes.
 
-    @cached_property
-    def first_order(self) -> FirstOrder:
-        """The first-order scores of all weights, from a backward pass over the data for each group of blocks."""
-        found = FirstOrder()
-        for group in self.errors.by_group():
-            one = self._first_order_of({weight.name for weight in group})
-            found.fisher |= one.fisher
-            found.change |= one.change
+        Errors take a pass for each group of blocks whose errors fit into memory together, squares of gradients one.
+        """
+        missing = [kind for kind in GATHERED if kind in kinds and kind not in self.gathered]
+        if "squares" in missing:
+            self.layers  # noqa: B018 - computed before the pass, which is timed
+        with_errors = [kind for kind in missing if kind != "squares"]
+        for group in self.errors.by_group() if with_errors else [[]] if missing else []:
+            began = time.process_time()
+            if group:
+                self.errors.hold(group)  # only some kinds need it, which count its seconds
+            quantizing = time.process_time() - began
+            run = partial(self._pass, missing, {weight.name for weight in group})
+            found, passed = in_rows_that_fit(self.vlm, self.data, run)
+            self.loss = passed.loss / max(passed.examples, 1)
+            for kind, one, own in zip(missing, found, passed.own_seconds, strict=True):
+                self.seconds[kind] = self.seconds.get(kind, 0.0) + passed.seconds + own
+                self.seconds[kind] += quantizing if kind in with_errors else 0.0
+                self.gathered.setdefault(kind, one).sums.update(one.sums)
+            missing = with_errors
+
+    def _pass(
+        self, kinds: Sequence[str], scored: Collection[str], data: Callable[[], Iterable[TokenBatch]]
+    ) -> tuple[list[Gathering], Passed]:
+        """One backward pass over the data."""
+        found: list[Gathering] = []
+        for kind in kinds:
+            if kind == "squares":
+                found.append(Squares({name: layer.output_errors for name, layer in self.layers.items()}))
+            else:
+                found.append((Fisher if kind == "fisher" else Change)(self.errors.of, scored))
+        return found, gather(self.vlm, self.weights, data(), found)
+
+    @property
+    def squares(self) -> Squares:
+        """Squared gradients of the loss with respect to layers' outputs."""
+        self.gather("squares")
+        found = self.gathered["squares"]
+        assert isinstance(found, Squares)
         return found
 
-    def _first_order_of(self, names: Collection[str]) -> FirstOrder:
-        """The first-order scores of a group of weights."""
-        return in_rows_that_fit(
-            self.vlm, self.data, lambda data: first_order_scores(self.vlm, self.weights, self.errors.of, data(), names)
-        )
+    @property
+    def fisher(self) -> dict[str, Tensor]:
+        """By weight, for each scheme: the sum of (gradient x change)^2 over tokens and outputs."""
+        self.gather("fisher")
+        return self.gathered["fisher"].sums
+
+    @property
+    def change(self) -> dict[str, Tensor]:
+        """By weight, for each scheme: |gradient x change| of each example, summed over examples."""
+        self.gather("change")
+        return self.gathered["change"].sums
 
     @cached_property
     def answers(self) -> AnswerChanges:

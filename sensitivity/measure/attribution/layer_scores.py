@@ -36,19 +36,38 @@ def kfac(calibrated: Calibrated) -> Scores:
     The backward pass does not need the errors of weights, so one pass serves all layers; `fisher` takes one for each
     group of blocks.
     """
-    squares = calibrated.output_gradients.squares
+    squares = calibrated.squares.means
     sums = {name: calibrated.layers[name].output_errors.double() @ square for name, square in squares.items()}
     return _first_order(calibrated, sums)
 
 
+def swing(calibrated: Calibrated) -> Scores:
+    """How far each example's loss is expected to move, up or down, summed over examples.
+
+    Errors of a component count as random: the variance of what they add to an example's loss is the sum of g^2 E H E'
+    over rows and layers, with g^2 that of the example, and its root is the movement. `kfac` sums the variances
+    themselves, which are those of a few examples with large gradients; what answers lose depends on all.
+    """
+    found: Scores = {name: dict.fromkeys(calibrated.schemes, 0.0) for name in calibrated.parts.names}
+    variances: dict[str, Tensor] = {}
+    of_weights = calibrated.squares.variances
+    for weight in calibrated.weights:
+        if (own := of_weights.get(weight.name)) is not None:
+            name = weight.component_name(calibrated.parts.by)
+            variances[name] = variances[name] + own if name in variances else own
+    for name, variance in variances.items():
+        found[name] = dict(zip(calibrated.schemes, variance.sqrt().sum(0).tolist(), strict=True))
+    return found
+
+
 def fisher_scores(calibrated: Calibrated) -> Scores:
     """The sum of (gradient x change)^2 over a layer's outputs: ModelOpt's score of a quantized layer."""
-    return _first_order(calibrated, calibrated.first_order.fisher)
+    return _first_order(calibrated, calibrated.fisher)
 
 
 def gradient_times_change(calibrated: Calibrated) -> Scores:
     """|gradient x change| of each example: the first-order change of its loss (DeltaLoss, as its paper has it)."""
-    return _first_order(calibrated, calibrated.first_order.change)
+    return _first_order(calibrated, calibrated.change)
 
 
 def _first_order(calibrated: Calibrated, sums: Mapping[str, Tensor]) -> Scores:

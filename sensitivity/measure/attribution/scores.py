@@ -16,6 +16,7 @@ SCORES: dict[str, Callable[[Calibrated], Scores]] = {
     "weight": layer_scores.relative_weight_error,
     "gram": layer_scores.relative_gram_error,
     "kfac": layer_scores.kfac,
+    "swing": layer_scores.swing,
     "fisher": layer_scores.fisher_scores,
     "change": layer_scores.gradient_times_change,
     "path": coverage.path_scores,
@@ -28,9 +29,10 @@ SCORES: dict[str, Callable[[Calibrated], Scores]] = {
 NEEDS = {
     "weight": ("layers",),
     "gram": ("layers",),
-    "kfac": ("layers", "output_gradients"),
-    "fisher": ("first_order",),
-    "change": ("first_order",),
+    "kfac": ("layers", "squares"),
+    "swing": ("layers", "squares"),
+    "fisher": ("fisher",),
+    "change": ("change",),
     "path": ("path_integral_shares",),
     "coverage": ("path_integral_shares", "answers"),
     "kl": ("answers", "one_at_a_time"),
@@ -71,10 +73,11 @@ def attribute(calibrated: Calibrated, names: Sequence[str]) -> list[Attribution]
         if name not in SCORES:
             raise unknown("score", name, SCORES)
     shared = dict.fromkeys(dict.fromkeys(need for name in names for need in NEEDS.get(name, ())), 0.0)
+    calibrated.gather(*shared)  # together, so that they share backward passes
     for need in shared:
         began = time.process_time()
         getattr(calibrated, need)
-        shared[need] = time.process_time() - began
+        shared[need] = calibrated.seconds.get(need, time.process_time() - began)
     found = []
     for name in names:
         began = time.process_time()

@@ -18,6 +18,19 @@ from sensitivity.spec.plan import NOT_ROUNDED, Plan, Scheme
 CODE_BYTES = 1 << 30  # bytes of codes in memory at once; one block of a 7B model has 1.2 GB at five widths
 
 
+def groups_that_fit(parts: ComponentMap, schemes: int, limit: float = CODE_BYTES) -> list[list[str]]:
+    """Neighboring blocks whose codes under so many schemes fit into the limit together, or one block."""
+    groups: list[list[str]] = []
+    bytes_left = 0.0
+    for block in parts.regroup("block").components:
+        bytes_ = BYTES_PER_CODE * block.numel * schemes
+        if not groups or bytes_ > bytes_left:
+            groups, bytes_left = [*groups, []], limit
+        groups[-1].append(block.name)
+        bytes_left -= bytes_
+    return groups
+
+
 class WeightErrors:
     """Quantized minus float, for every weight under each scheme, with the codes of a few blocks in memory at a time."""
 
@@ -37,14 +50,7 @@ class WeightErrors:
         self.model, self.schemes, self.statistics = model, schemes, statistics
         self.blocks = parts.regroup("block")
         self.own = {weight.name: model.get_parameter(weight.name).data for weight in parts.weights}
-        self.groups: list[list[str]] = []  # neighboring blocks whose codes fit into the limit together, or one block
-        bytes_left = 0.0
-        for block in self.blocks.components:
-            bytes_ = BYTES_PER_CODE * block.numel * len(schemes)
-            if not self.groups or bytes_ > bytes_left:
-                self.groups, bytes_left = [*self.groups, []], limit
-            self.groups[-1].append(block.name)
-            bytes_left -= bytes_
+        self.groups = groups_that_fit(parts, len(schemes), limit)
         self.held: tuple[int, WeightCodes] | None = None
         self.place = {weight.name: i for i, group in enumerate(self.by_group()) for weight in group}
 
@@ -52,6 +58,10 @@ class WeightErrors:
         """The errors of a weight, one for each scheme; its group is quantized unless it is the one in memory."""
         codes, own = self._codes(self.place[weight.name]), self.own[weight.name]
         return [codes.dense((weight.name, weights_of(scheme)), own) - own for scheme in self.schemes]
+
+    def hold(self, group: Sequence[Weight]) -> None:
+        """Quantize a group now, not when its first error is asked for."""
+        self._codes(self.place[group[0].name])
 
     def by_group(self) -> Iterator[list[Weight]]:
         """All weights in groups; whoever asks for errors in this order has each weight quantized once."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
+from sensitivity.measure.generate.batches import images_at_once
 from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.measure.passes.block_modules import block_paths, layer_input, replaced_forward
 from sensitivity.measure.passes.token_batches import ROWS, TokenBatch, calibration_pass
@@ -21,6 +22,8 @@ from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 
+TIMES_THE_MEMORY = 4  # how much more a backward pass needs for an image than a forward pass, roughly
+FEWER_ROWS = ROWS // TIMES_THE_MEMORY
 T = TypeVar("T")
 # gets a weight, what its layer reads (tokens x inputs) and the gradient of what it returns (tokens x outputs)
 Visit = Callable[[Weight, Tensor, Tensor], None]
@@ -124,17 +127,25 @@ def _gradient_hook(weight: Weight, visit: Visit, zero: Tensor) -> Callable[..., 
     return hook
 
 
+def rows_backward(data: Callable[[int], Iterable[TokenBatch]]) -> int:
+    """How many rows a batch of a backward pass has at first: as many as a forward pass if images are small."""
+    first = next(iter(data(1)), None)
+    pixels = 0 if first is None else first.inputs["pixel_values"].numel()
+    return max(FEWER_ROWS, min(ROWS, images_at_once(TIMES_THE_MEMORY * pixels)))
+
+
 def in_rows_that_fit(
     vlm: VLM,
     data: Callable[[int], Iterable[TokenBatch]],
     run: Callable[[Callable[[], Iterable[TokenBatch]]], T],
-    rows: int = ROWS // 4,
+    rows: int = 0,
 ) -> T:
     """The result of a function of data, in batches whose rows are halved until memory suffices.
 
-    `data` makes batches of at most so many rows; `run` gets a function that makes those of one pass. A backward pass
-    takes several times the memory of a forward pass, so `rows` begins lower than for forward passes.
+    `data` makes batches of at most so many rows; `run` gets a function that makes those of one pass. Without `rows`,
+    as many as suit a backward pass come first.
     """
+    rows = rows or rows_backward(data)
     while True:
         attempt = partial(run, partial(data, rows))
         if (result := run_or_halve(attempt, rows, "the calibration data", vlm.device)) is not None:
