@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,26 @@ def predicted_shares(study: Study, knapsack: Knapsack, weights: Mapping[str, flo
         for key, share in dict(zip(observations.keys, predicted, strict=True)).items():
             found[key] = found.get(key, 0.0) + weight / total * float(share)
     return {key: score for key, score in found.items() if np.isfinite(score)}
+
+
+def steadied_rows(study: Study, tasks: Iterable[str], frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Per-example scores of plans on the same examples, moved to the means that likelihoods say (see `Link`)."""
+    found = list(frames)
+    for task in tasks:
+        of_task = [frame["task"] == task for frame in frames]
+        own = [frame[rows] for frame, rows in zip(frames, of_task, strict=True)]
+        link = observations_of(study, task).link
+        if link is None or not all("nll" in one and len(one) for one in own):
+            continue
+        scores = np.array([one["score"].mean() for one in own])
+        middle = pd.concat([one.set_index("example")["score"] for one in own], axis=1).mean(axis=1)
+        noise = np.array([
+            paired_difference(one["score"], middle[one["example"]], one["cluster"]).se for one in own
+        ])  # fmt: skip
+        moved = link.steadied(scores, np.array([one["nll"].mean() for one in own]), noise, centered=True) - scores
+        for i, rows in enumerate(of_task):
+            found[i] = found[i].assign(score=found[i]["score"] + np.where(rows, moved[i], 0.0))
+    return found
 
 
 def shrunk_scores(predicted: Sequence[Predicted], rows: Sequence[pd.DataFrame]) -> list[float]:

@@ -63,8 +63,8 @@ class Knapsack:
             models[task] = fit_surrogate(
                 space,
                 space.encode(observations.plans),
-                observations.score,
-                observations.full,
+                observations.steadied,
+                replace(observations, score=observations.steadied).full,
                 observations.noises,
                 expected=expected,
             )

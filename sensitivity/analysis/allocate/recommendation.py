@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import pandas as pd
 
-from sensitivity.analysis.allocate.believed import shrunk_scores
+from sensitivity.analysis.allocate.believed import shrunk_scores, steadied_rows
 from sensitivity.analysis.allocate.budget import Candidate, as_measured
 from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson, compare_with_plan
 from sensitivity.analysis.allocate.knapsack import Predicted
@@ -172,7 +172,10 @@ def judge(
     if not run:
         return unmeasured(study, candidates, weights, provenance)
     scores = {key: summarize(frame["score"], frame["cluster"]) for key, frame in rows.items()}
-    likely = shrunk_scores([as_measured(c.predicted, weights) for c in run], [rows[c.plan.key] for c in run])
+    steadied = [
+        _weighed(one, weights, full) for one in steadied_rows(study, weights, [frames[c.plan.key] for c in run])
+    ]
+    likely = shrunk_scores([as_measured(c.predicted, weights) for c in run], steadied)
     best = run[int(np.argmax(likely))]
     # `len(run)` corrects each interval for having picked the best of that many
     against_rival = None
