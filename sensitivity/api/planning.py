@@ -23,6 +23,7 @@ from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, path_for, with_calibration
 from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import Attribution, attribute
+from sensitivity.measure.attribution.weight_errors import groups_that_fit
 from sensitivity.measure.calibrate.cache import Cache, cache_folder
 from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.loop import Step, data_flow_order
@@ -40,7 +41,10 @@ from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 
 MAX_EVALUATIONS = 10  # real evaluations, full precision included
-OPENING = ("gram", "kfac")  # the scores whose best plans are measured first
+# the scores whose best plans are measured first; `change` takes a backward pass for each group of blocks whose errors
+# fit into memory, so that large models do without it, and without right answers in words there is no gradient
+OPENING, OF_LARGE_MODELS, WITHOUT_ANSWERS = ("change", "swing"), ("swing", "gram"), ("gram",)
+MOST_PASSES = 4
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
 ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
@@ -79,9 +83,11 @@ def scored(
     return Scored(named, given, attribute(given, names))
 
 
-def opening_scores(tasks: Sequence[Task]) -> tuple[str, ...]:
-    """The scores that give opening plans; without answers in words there is no loss, and no gradient of it."""
-    return OPENING[:1] if any(task.gallery for task in tasks) else OPENING
+def opening_scores(tasks: Sequence[Task], parts: ComponentMap, schemes: Sequence[Scheme]) -> tuple[str, ...]:
+    """The scores that give opening plans."""
+    if any(task.gallery for task in tasks):
+        return WITHOUT_ANSWERS
+    return OPENING if len(groups_that_fit(parts, len(schemes))) <= MOST_PASSES else OF_LARGE_MODELS
 
 
 def search_examples(n: int, tasks: Sequence[Task]) -> int:
@@ -115,9 +121,9 @@ def begin_plan(
 ) -> Planning:
     """Begin a search that measures at most `trials` plans.
 
-    The best plans of each score for all budgets come first. Then the surrogate, which starts from the scores and learns
-    from measurements, proposes its best plan for the budget with the largest predicted gain, as long as that gain is
-    above the noise of one measured score.
+    The best plans of each score come first, for the smallest budgets before others. Then the surrogate, which starts
+    from the scores and learns from measurements, proposes its best plan for the budget with the largest predicted gain,
+    as long as that gain is above the noise of one measured score.
     """
     openings = opening_plans(parts, request, scores)
 
@@ -140,9 +146,10 @@ def weights_of(study: Study) -> dict[str, float]:
 
 
 def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[Attribution]) -> tuple[Plan, ...]:
-    """The best plans of the first score for all budgets, then those of the next."""
+    """The best plan of each score for each budget, the smallest budgets first: there plans differ most."""
     allow, tie = allowed_and_tied(parts, request)
-    best = [optimum(parts, one.scores, bpw, request.runtime, allow, tie) for one in scores for bpw in request.bpw]
+    budgets = sorted(request.bpw)
+    best = [optimum(parts, one.scores, bpw, request.runtime, allow, tie) for bpw in budgets for one in scores]
     return tuple(plan for plan in dict.fromkeys(best) if not plan.is_native)
 
 
@@ -238,9 +245,8 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
 
 def warn_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
     """Warn if the loss on calibration data is far below the loss on evaluation data: scores then say little."""
-    if "output_gradients" not in given.__dict__ or not given.output_gradients.examples:
+    if (ours := given.loss) is None:
         return
-    ours = given.output_gradients.loss / given.output_gradients.examples
     native = study.examples(study.native)
     theirs = float("nan") if native is None else float(native["nll"].mean())
     if ours < EASIER * theirs:

@@ -42,7 +42,7 @@ def test_a_plan_in_minutes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert one["fresh_examples"]
         assert one["measured"]["n"] == 12
     assert 3 <= found["plans_measured"] <= 6
-    assert set(found["scores"]) == {"gram", "kfac"}
+    assert set(found["scores"]) == {"change", "swing"}
     assert "the loss on calibration data is" in err  # the embedded model was trained on it
     study = Study(folder / "study")
     assert study.counts()["done"] == found["plans_measured"]
@@ -105,10 +105,19 @@ def test_a_plan_without_words_opens_with_what_needs_no_gradient(
     assert found["size"]["bpw"] <= 6
 
 
+def test_a_large_model_opens_with_one_backward_pass(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`change` takes one for each group of blocks whose errors fit into memory: those of a 7B model are 34 groups."""
+    monkeypatch.setattr(planning, "MOST_PASSES", 0)
+    found, _ = run(capsys, f"{PLAN} --out {folder / 'large'}")
+    assert set(found["scores"]) == {"swing", "gram"}
+
+
 def test_scores_of_components_and_how_well_they_foretell(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"explain {MODEL} --by part --method rtn --bits 2,3,4,8 --calibration-n 4 --out {folder / 'study'}"
     found, _ = run(capsys, f"{line} --json")
-    assert set(found["scores"]) == {"weight", "gram", "kfac", "fisher", "change"}
+    assert set(found["scores"]) == {"weight", "gram", "kfac", "swing", "fisher", "change"}
     for one in found["scores"].values():
         assert len(one["values"]) == 3 * 4
         assert one["cpu_seconds"] > 0

@@ -85,8 +85,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     data = args.calibration or args.task
     with show_stages(args.json):
         scoring = scored(
-            vlm, parts, requested, data, opening_scores(tasks), args.calibration_n, args.seed, tasks, args.cache_gb
-        )
+            vlm, parts, requested, data, opening_scores(tasks, parts, requested), args.calibration_n, args.seed, tasks,
+            args.cache_gb,
+        )  # fmt: skip
     left = math.inf if args.minutes is None else max(60 * args.minutes - (time.monotonic() - began), 0.001)
     planning = begin_plan(
         vlm, parts, args.task, args.out, request, scoring.scores, args.trials,
