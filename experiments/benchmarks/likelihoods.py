@@ -2,54 +2,61 @@
 
     python -m experiments.benchmarks.likelihoods [--models scenes-llava,...] [--tasks vqa,caption] [--test 1000]
 
-All plans of reports/quick-plans.csv for a model and a task run on the same examples. Some of the examples are drawn; of
-each group of plans of about the same size the best one by those is chosen, and judged on the other examples. What it
-loses there to the group's best plan is its regret, which holds the luck of the other examples, too.
+For each budget the best plans by `gram` are drawn, with a random factor on each component's damage, so that neither
+way had a part in finding them. All run on the same examples. Some of the examples are drawn; of each budget's plans the
+best one by those is chosen, and judged on the other examples. What it loses there to the best plan of its budget is its
+regret, which holds the luck of the other examples, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from experiments.benchmarks.quick_plans import ASKED, TABLE, TESTED, kept
+from experiments.benchmarks.quick_plans import ASKED, SEVEN, TABLE, TESTED, budgets
 from sensitivity import inspect, load
+from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.likelihood import link
-from sensitivity.api.sweeping import sweep, with_calibration
+from sensitivity.api.planning import scored
+from sensitivity.api.sweeping import sweep
 from sensitivity.spec.files import overwrite
-from sensitivity.spec.sizes import size
 
 PAGE = TABLE.with_name("likelihoods.md")
-SIZES = (2.5, 2.72, 2.9, 3.1, 3.4, 3.7, 4.5)  # bits per weight between which plans are compared
+PER_BUDGET, SPREAD = 6, 0.7  # plans that are drawn for a budget, and the deviation of the factors' logarithms
 DRAWS = 200
 WAYS = ("right answers", "likelihood", "both")
 
 
 def answers(name: str, task: str, test: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores and negative log-likelihoods (plans x examples), and the plans' sizes."""
+    """Scores and negative log-likelihoods (plans x examples), and the plans' budgets."""
     vlm = load(f"embedded:{name}")
     parts = inspect(vlm, by="group.kind")
-    table = pd.read_csv(TABLE)
-    table = table[(table["model"] == name) & (table["task"] == task)].drop_duplicates("plan")
-    schemes, statistics = with_calibration(vlm, parts, ASKED.schemes, [task])
-    plans, _ = kept(table.assign(chooser="sweep"), schemes)
+    found = scored(vlm, parts, ASKED.schemes, [task], ["gram"])
+    (gram,) = found.scores
+    draw, drawn = np.random.default_rng(0), {}
+    for budget in budgets(parts, SEVEN):
+        for _ in range(PER_BUDGET):
+            factors = dict(zip(parts.names, np.exp(SPREAD * draw.normal(size=len(parts.names))), strict=True))
+            changed = {part: {one: factors[part] * v for one, v in row.items()} for part, row in gram.scores.items()}
+            drawn.setdefault(optimum(parts, changed, budget), budget)
     with tempfile.TemporaryDirectory() as place:
-        study = sweep(vlm, parts, plans, [task], Path(place) / "test", n=test, seed=TESTED, statistics=statistics)
-        frames = [study.examples(plan) for plan in plans]
+        study = sweep(
+            vlm, parts, list(drawn), [task], Path(place) / "test", n=test, seed=TESTED,
+            statistics=found.given.statistics,
+        )  # fmt: skip
+        frames = [study.examples(plan) for plan in drawn]
     ordered = [frame.sort_values("example") for frame in frames if frame is not None]
     scores, nll = (np.array([frame[column] for frame in ordered]) for column in ("score", "nll"))
-    return scores, nll, np.array([size(parts, plan).bpw for plan in plans])
+    return scores, nll, np.array(list(drawn.values()))
 
 
-def regrets(scores: np.ndarray, nll: np.ndarray, bpw: np.ndarray, n: int) -> np.ndarray:
-    """The mean regret of each of WAYS, on n examples."""
+def regrets(scores: np.ndarray, nll: np.ndarray, within: np.ndarray, n: int) -> np.ndarray:
+    """The mean regret of each of WAYS, on n examples; `within` has each plan's budget."""
     draw, found = np.random.default_rng(0), []
-    groups = [np.flatnonzero((bpw >= low) & (bpw < high)) for low, high in itertools.pairwise(SIZES)]
+    groups = [np.flatnonzero(within == budget) for budget in np.unique(within)]
     for _ in range(DRAWS):
         order = draw.permutation(scores.shape[1])
         seen, judged = order[:n], order[n:]
@@ -73,16 +80,16 @@ def main() -> None:
     lines = [f"| model | task | plans | examples | {' | '.join(WAYS)} |", "|---|---|---|---|---|---|---|"]
     for name in args.models.split(","):
         for task in args.tasks.split(","):
-            scores, nll, bpw = answers(name, task, args.test)
+            scores, nll, within = answers(name, task, args.test)
             for n in (100, 300):
-                cells = " | ".join(f"{value:.4f}" for value in regrets(scores, nll, bpw, n))
+                cells = " | ".join(f"{value:.4f}" for value in regrets(scores, nll, within, n))
                 lines.append(f"| {name} | {task} | {len(scores)} | {n} | {cells} |")
                 print(lines[-1], flush=True)
     overwrite(
         PAGE,
         "# Right answers, and their likelihood\n\n"
         "`python -m experiments.benchmarks.likelihoods`; its first lines say how. Mean regret of the plan that is\n"
-        "chosen among plans of about the same size: by its right answers, by their mean log-likelihood, or by its\n"
+        "chosen among random plans for a budget: by its right answers, by their mean log-likelihood, or by its\n"
         "score as analyses read it (`sensitivity/analysis/likelihood.py`).\n\n" + "\n".join(lines) + "\n",
     )
 
