@@ -36,7 +36,7 @@ class Link:
         variance = np.square(np.where(np.isfinite(noise), noise, 0.0))
         total = self.scatter + variance
         share = np.divide(variance, total, out=np.zeros_like(total), where=total > 0)  # of what is off, that is noise
-        return np.where(used, scores - share * np.where(used, off, 0.0), scores)
+        return np.where(used, scores - share * off, scores)
 
 
 def link(scores: Floats, nll: Floats, noise: Floats, full: float) -> Link | None:

@@ -73,9 +73,8 @@ def test_scores_are_their_formulas(given: Calibrated) -> None:
     """Each layer by itself, from its inputs and gradients; the sums over a component are the scores."""
     found = {one.name: one for one in attribute(given, ["weight", "gram", "kfac", "swing", "fisher", "change"])}
     seen = layers(given)
-    variances: dict[
-        tuple[str, int], list[Tensor]
-    ] = {}  # of a part under a scheme: for each layer, those of the examples
+    # of a part under a scheme: for each layer, what it adds to the variance of each example's loss
+    variances: dict[tuple[str, int], list[Tensor]] = {}
     expected = {name: {part: [0.0] * len(BITS) for part in given.parts.names} for name in found}
     plans = [Plan.uniform(given.parts, chosen) for chosen in given.schemes]
     changes = [plan_changes(given.vlm.model, given.parts, plan) for plan in plans]
@@ -97,10 +96,7 @@ def test_scores_are_their_formulas(given: Calibrated) -> None:
                 products = (read.float() @ error.T) * gradient
                 expected["fisher"][weight.part][i] += float(products.square().sum())
                 expected["change"][weight.part][i] += abs(float(products.sum()))
-    for (
-        part,
-        i,
-    ), of_layers in variances.items():  # what layers of a part add to an example's loss counts as independent
+    for (part, i), of_layers in variances.items():
         expected["swing"][part][i] = float(sum(of_layers).sqrt().sum())
     for name, by_part in expected.items():
         for part, values in by_part.items():
