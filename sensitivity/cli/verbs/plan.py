@@ -158,7 +158,7 @@ def _forecast(
 ) -> dict[str, object]:
     """Forecast the cost of scoring and of all plans that may be run; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
-    from sensitivity.api.planning import search_examples
+    from sensitivity.api.planning import opening_scores, search_examples
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
     # full precision, and for each budget its candidates and the best uniform plan
@@ -168,7 +168,7 @@ def _forecast(
     listed = plans(parts, requested, "random", searched + verified, args.seed)
     assert isinstance(listed, list)
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
-    predicted = forecast_sweep(vlm, parts, listed, tasks, **options, scoring=True)
+    predicted = forecast_sweep(vlm, parts, listed, tasks, **options, scores=opening_scores(tasks, parts, requested))
     if not args.json:
         print_forecast(predicted)
     return predicted.to_json()

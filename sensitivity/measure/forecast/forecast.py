@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from sensitivity.measure.attribution.weight_errors import groups_that_fit
 from sensitivity.measure.forecast.calibrating import calibration_seconds, tweaking_seconds
 from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
@@ -83,12 +84,12 @@ def forecast_sweep(
     plain: bool = False,
     cache_gb: float = 8.0,
     memory_gb: float = MEMORY_GB,
-    scoring: bool = False,
+    scores: Sequence[str] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Forecast:
     """The expected cost of running these plans, full precision included, on a device; measures for some seconds.
 
-    With `scoring`, components are scored before the sweep, as the command `plan` does.
+    scores: those of SCORES, from calibration, that components are given before the sweep, as the command `plan` does.
     """
     kind = _dtype(vlm, parts, device, dtype)
     resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)
@@ -102,17 +103,18 @@ def forecast_sweep(
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
     generating = len(plans) * sum(model.generation_seconds(sample) for sample in samples)
     calibrated = [scheme for scheme in schemes if needs_data(scheme)]
-    calibrates = scoring or any(map(needs_data, used))
+    calibrates = bool(scores) or any(map(needs_data, used))
     inputs = {input_of(weight): weight for weight in parts.weights if calibrates and not weight.is_embedding}
     grams = sum(4.0 * weight.cols**2 for weight in inputs.values())
     # seconds of one calibration example: for its forward pass, and for adding its inputs to the Gram matrices
     forward = sum(shared for of_parts in passes for shared, _ in of_parts.values()) / sum(s.examples for s in samples)
     tokens = max(sum(sample.prompt_tokens for sample in samples) // len(samples), 1)
     products = sum(hardware.matmul(tokens, w.cols, w.cols) for w in inputs.values())
+    groups = len(groups_that_fit(parts, len(schemes)))
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
         "examples": sum(sample.preprocessing * sample.images for sample in samples),
-        **calibration_seconds(used, calibration, forward, products, len(plans), scoring),
+        **calibration_seconds(used, calibration, forward, products, len(plans), scores, groups),
         "tweaking norms": tweaking_seconds(parts, plans, calibration, forward),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes)
         + len({token_weighting(scheme) for scheme in calibrated})
