@@ -56,7 +56,7 @@ def one(study: Path, out: Path, pictures: bool) -> dict[str, object]:
     from sensitivity.study.study import Study
 
     if not pictures:
-        page.failing = lambda *_: ([], [])
+        page.failing = lambda *_: ([], [])  # type: ignore[attr-defined]
     made = Study(study)
     chosen = recommended(made)
     work, wall = time.process_time(), time.perf_counter()
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--pictures", action="store_true")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(*args.one, args.pictures)))
+        print(json.dumps(one(args.one[0], args.one[1], args.pictures)))
         return
     with tempfile.TemporaryDirectory() as place:
         folder, study = Path(place), Path(place, "study")

@@ -78,12 +78,12 @@ def shortened(tokens: int) -> None:
     """Give all tasks of this process the same limit of tokens."""
     from sensitivity.api import sweeping
 
-    find = sweeping.find_task
+    find = sweeping.find_task  # type: ignore[attr-defined]
 
     def same_limit(*asked: object) -> Task:
         return dataclasses.replace(find(*asked), max_new_tokens=tokens)  # type: ignore[arg-type]
 
-    sweeping.find_task = same_limit
+    sweeping.find_task = same_limit  # type: ignore[attr-defined]
 
 
 def page(found: dict[str, dict[str, object]], n: int) -> str:

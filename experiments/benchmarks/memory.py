@@ -91,6 +91,7 @@ def texts(questions: int) -> tuple[float, float]:
     """Bytes per question of a task, and at the peak of reading it, images left out."""
     from experiments.small import datasets
     from sensitivity.tasks.datasets import source
+    from sensitivity.tasks.examples import images
     from sensitivity.tasks.table import task
 
     draw = random.Random(0)
@@ -101,7 +102,7 @@ def texts(questions: int) -> tuple[float, float]:
         people = [{"answer": draw.choice(WORDS), "answer_id": k, "answer_confidence": "yes"} for k in range(10)]
         asked.append({"image_id": image, "question": words, "question_id": name})
         said.append({"question_id": name, "image_id": image, "answer_type": "other", "answers": people})
-    source.images.why_unusable = lambda _: None
+    images.why_unusable = lambda _: None
     source.Part.contains = lambda *_: True  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "val2014").mkdir()

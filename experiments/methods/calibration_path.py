@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap, kendalltau, spearmanr
@@ -42,11 +43,11 @@ def halves(study: Study, chosen: list[Plan], name: str) -> float:
     return float(spearmanr(*scores).statistic)
 
 
-def between(a: np.ndarray, b: np.ndarray, of: Callable[..., object]) -> str:
+def between(a: np.ndarray, b: np.ndarray, of: Callable[..., Any]) -> str:
     """A rank correlation with its 95 % interval over plans."""
     spread = bootstrap((a, b), lambda x, y: of(x, y).statistic, paired=True, vectorized=False,
                        n_resamples=1999, rng=0, method="percentile").confidence_interval  # fmt: skip
-    return f"{of(a, b).statistic:.3f} [{spread.low:.3f}, {spread.high:.3f}]"  # type: ignore[attr-defined]
+    return f"{of(a, b).statistic:.3f} [{spread.low:.3f}, {spread.high:.3f}]"
 
 
 def main() -> None:

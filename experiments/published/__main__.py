@@ -26,6 +26,8 @@ from experiments.published.page import page
 from experiments.published.table import STUDIES
 from sensitivity.analysis.reporting.page import report
 from sensitivity.cli import main as cli
+from sensitivity.cli.arguments.parsing import parser_of
+from sensitivity.cli.verbs import sweep
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import overwrite
@@ -120,7 +122,7 @@ def sweep_arguments(study: PublishedStudy, args: argparse.Namespace, more: Seque
     for option, value in (("--n", study.n), ("--dtype", study.dtype)):
         if value and option not in given:
             typed += [option, str(value)]
-    found = cli.parser_of(cli.VERBS).parse_args([*typed, *more], argparse.Namespace(argv=[*typed, *more]))
+    found = parser_of(cli.VERBS).parse_args([*typed, *more], argparse.Namespace(argv=[*typed, *more]))
     found.task = tuple(one.format(data=args.data) for one in study.tasks)  # a folder's name may hold a comma
     if args.smoke is not None:
         found.n, found.calibration_n = min(found.n, SMOKE_N), SMOKE_CALIBRATION
@@ -136,7 +138,7 @@ def run(study: PublishedStudy, args: argparse.Namespace, how: argparse.Namespace
 
     how.plans = plans
     with cli.quiet(how):
-        facts = cli.sweep.run(how)
+        facts = sweep.run(how)
     if how.dry_run:
         if how.json:
             print(json.dumps(facts, indent=2))

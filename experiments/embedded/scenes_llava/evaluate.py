@@ -20,7 +20,8 @@ from experiments.embedded.scenes_llava import card as model_card
 from experiments.embedded.training import EMBEDDED
 from sensitivity.spec.files import overwrite
 from sensitivity.tasks import scenes as S
-from sensitivity.tasks.scoring.boxes import Box, oriented_iou, parse
+from sensitivity.tasks.examples.types import Box
+from sensitivity.tasks.scoring.boxes import oriented_iou, parse
 
 TARGETS = {kind: {"exact": 0.97} for kind in (*S.VQA_KINDS, "scene")}
 TARGETS |= {"caption": {"exact": 0.92}, "ground": {"upright IoU >= .5": 0.95, "oriented IoU >= .5": 0.85}}
