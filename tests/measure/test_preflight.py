@@ -144,6 +144,14 @@ def test_no_weights_are_needed(tmp_path: Path, folder: Path) -> None:
     assert {row[0] for row in found.rows()} == {"time", "disk", "host memory"}
 
 
+@pytest.mark.usefixtures("briefly_timed")
+def test_hidden_states_take_no_more_than_a_sweep_gives_them(scenes_llava: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = inspect(scenes_llava, by="part")
+    monkeypatch.setattr("sensitivity.measure.forecast.forecast.room_for_states", lambda device, weights: 1000)
+    found = forecast_sweep(scenes_llava, parts, grid(parts, bits=(8,)), [task("vqa", n=4)])
+    assert found.host["hidden states"] == 1000
+
+
 def test_files_are_as_large_as_foreseen(scenes_llava: VLM, tmp_path: Path) -> None:
     """Within 30 %, for one task in one shard, and two tasks in several."""
     parts = inspect(scenes_llava, by="part")
