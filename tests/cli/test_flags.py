@@ -78,7 +78,7 @@ BESIDE = {  # what a flag needs beside it, where it means nothing alone
     **{(verb, flag): f"--method gptq{'' if flag == '--calibration-n' else FEW}"
        for verb in ("sweep", "speculate") for flag in GPTQ},
     **{("recommend", f"--{name}"): "--runtime openvino" for name in ("ms-per-token", "ms-per-answer", "gb-resident")},
-    ("sweep", "--prior"): "--search frontier",
+    ("sweep", "--prior"): "--search frontier", ("sweep", "--scores"): f"--search frontier{FEW}",
     ("sweep", "--activation-scale"): "--activation-bits 8", ("sweep", "--cache-group"): "--cache-bits 4",
     **{(verb, "--biases"): "--method rtn" for verb in ("plan", "explain", "atlas")},
     ("export", "--path"): "--format fake", ("export", "--model"): "--format fake",

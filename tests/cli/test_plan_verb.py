@@ -171,3 +171,45 @@ def test_a_forecast_counts_scores_and_both_kinds_of_runs(folder: Path, capsys: p
     assert not (folder / "forecast").exists()
     many, _ = run(capsys, f"{PLAN} --out {folder / 'forecast'} --dry-run --n 1000".replace("--n 12 ", ""))
     assert many["plans"] < found["plans"]  # plans that decide see a quarter of the examples then
+
+
+SEARCH = f"sweep {MODEL} --by part --bits 2,4 --search frontier --trials 4 --n 5 --calibration-n 4 --task vqa --json"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_sweep_that_starts_from_scores(folder: Path, capsys: pytest.CaptureFixture[str], workers: int) -> None:
+    out = folder / f"scored-{workers}"
+    run(capsys, f"{SEARCH} --method rtn --scores swing,gram --workers {workers} --out {out}")
+    study = Study(out)
+    assert study.counts() == {"done": 4, "waiting": 0, "running": 0}
+    kept = json.loads((out / "expected.json").read_text())
+    assert kept["from"] == "swing, gram"
+    assert {row["component"] for row in kept["damages"]} == {"vision", "connector", "language"}
+    assert all(row["damage"] > 0 for row in kept["damages"])
+    # full precision and one uniform plan; without scores a search opens with both uniform plans
+    assert sum(trial.plan.is_uniform for trial in study.trials()) == 2
+
+
+def test_scores_and_a_study_are_averaged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, out = folder / "for-a-prior", folder / "both"
+    run(capsys, f"sweep {MODEL} --by part --bits 2,4,8 --method rtn --n 5 --task vqa --out {first} --json")
+    run(capsys, f"{SEARCH} --method gptq --scores gram --prior {first} --out {out}")
+    assert json.loads((out / "expected.json").read_text())["from"] == f"{first}, gram"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (SEARCH.replace("frontier", "tpe") + " --scores swing", "only frontier starts from what is expected"),
+        (f"{SEARCH} --scores swign", "unknown score 'swign'"),
+        (f"{SEARCH} --method gptq --path exposed --scores swing", "need the float path"),
+        (SEARCH.replace("vqa", "retrieval").replace("scenes-llava", "scenes-blip2-itm") + " --scores swing",
+         "has no answers in words"),
+    ],
+)  # fmt: skip
+def test_scores_that_cannot_start_a_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    assert cli.main([*line.split(), "--out", str(tmp_path / "none")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

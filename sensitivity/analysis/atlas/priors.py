@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sensitivity.analysis.allocate.by_scores import combined
@@ -20,15 +20,18 @@ def check_priors(priors: Sequence[Path]) -> None:
         _damages(path)
 
 
-def expect_from(study: Study, priors: Sequence[Path], schemes: Sequence[Scheme]) -> Path:
-    """Write into a study the damages that studies and atlases predict for its components; several are averaged."""
-    found = []
+def expect_from(
+    study: Study, priors: Sequence[Path], schemes: Sequence[Scheme], scores: Mapping[str, Expected] | None = None
+) -> Path:
+    """Write into a study the damages that studies, atlases and scores predict for its components, averaged."""
+    scores = scores or {}
+    found = [*scores.values()]
     for path in priors:
         known = _damages(path)
         # an atlas may also have studies of models with other parts; if it has no other, the first one says so
         fitting = [one for one in known if not without_counterpart(one, study.parts)] or known[:1]
         found += [transfer_damages(one, study.parts, schemes, path) for one in fitting]
-    return expected.save(study.path, combined(found), ", ".join(map(str, priors)))
+    return expected.save(study.path, combined(found), ", ".join([*map(str, priors), *scores]))
 
 
 def schemes_of(study: Study) -> list[Scheme]:

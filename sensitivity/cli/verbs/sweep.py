@@ -17,6 +17,7 @@ from sensitivity.cli.processes import ray_workers, workers
 if TYPE_CHECKING:
     from sensitivity.analysis.search.plan_lists import Plans
     from sensitivity.api.sweeping import SweepOptions
+    from sensitivity.measure.attribution.scores import Attribution
     from sensitivity.measure.calibrate.statistics import Statistics
     from sensitivity.measure.loop import Step
     from sensitivity.models.vlm import VLM
@@ -44,6 +45,14 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="grid, one-at-a-time, random, tpe, nsga2, gp or frontier (default: grid)",
     )
     flags.add_prior(p)
+    p.add_argument(
+        "--scores",
+        type=values.comma_separated(values.name),
+        default=(),
+        metavar="S[,S]",
+        help="scores of `sensitivity explain`, such as swing; the surrogate of --search frontier expects the damage"
+        " that they predict from calibration data, until measured scores disagree",
+    )
     flags.add_limits(p)
     flags.add_runtime(p, "only plans that this runtime can load, such as vllm or gptq")
     p.add_argument(
@@ -120,10 +129,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     requested = _checked(args)
     if args.executor == "ray" and not workers.is_child() and not args.dry_run:
         return _on_a_cluster(args)
-    from sensitivity.api.sweeping import with_calibration
+    from sensitivity.api.attribution_file import check_scores_apply
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     vlm, parts, tasks = loaded(args)
+    check_scores_apply(tasks, args.scores)
     requested, plans_of = _search_space(args, parts, requested)
     check_tasks_fit(vlm, tasks)
     # plans are built twice: here to count them, since calibration already needs the number of processes; and below
@@ -133,23 +143,34 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     processes = 1 if args.dry_run else workers.count(args, parts, expected, len(requested))
     with workers.sharing_cores(processes):  # for calibration too: float sums depend on the number of threads
         with show_stages(args.json):
-            schemes, statistics = with_calibration(
-                vlm,
-                parts,
-                requested,
-                args.calibration or args.task,
-                n=args.calibration_n,
-                seed=args.seed,
-                path=args.path,
-                against=tasks,
-                cache_gb=args.cache_gb,
-            )
+            schemes, statistics, scores = _calibrated(args, vlm, parts, requested, tasks)
         if args.dry_run:
             # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
             plans = plans_of(schemes, "random" if callable(searched) else args.search)
             return _forecast(args, vlm, parts, plans, tasks)
-        study = _run_plans(args, vlm, parts, plans_of(schemes, args.search), schemes, statistics, processes, expected)
+        study = _run_plans(
+            args, vlm, parts, plans_of(schemes, args.search), schemes, statistics, scores, processes, expected
+        )
     return {} if workers.is_child() else show_summary(args, study)
+
+
+def _calibrated(
+    args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: Sequence[Task]
+) -> tuple[list[Scheme], Statistics | None, list[Attribution]]:
+    """The schemes with their calibration data, the statistics that they need, and the scores that were asked for."""
+    from sensitivity.api.planning import scored
+    from sensitivity.api.sweeping import with_calibration
+
+    data, n = args.calibration or args.task, args.calibration_n
+    if args.scores and not args.dry_run and not _reads_expected(args):
+        found = scored(vlm, parts, requested, data, args.scores, n, args.seed, tasks, args.cache_gb)
+        return found.schemes, found.given.statistics, found.scores
+    return *with_calibration(vlm, parts, requested, data, n, args.seed, args.path, tasks, args.cache_gb), []
+
+
+def _reads_expected(args: argparse.Namespace) -> bool:
+    """Whether another process writes the expected damages into the study; no launcher does so on a cluster."""
+    return workers.is_child() and args.executor == "local"
 
 
 def _search_space(
@@ -181,6 +202,7 @@ def _run_plans(
     plans: Plans,
     schemes: Sequence[Scheme],
     statistics: Statistics | None,
+    scores: Sequence[Attribution],
     processes: int,
     expected: int,
 ) -> Study:
@@ -201,8 +223,8 @@ def _run_plans(
         "memory_gb": args.memory_gb,
     }
     study, steps = begin_sweep(vlm, parts, plans, args.task, args.out, **options)
-    if args.prior:
-        expect_from(study, args.prior, schemes)
+    if (args.prior or args.scores) and not _reads_expected(args):
+        expect_from(study, args.prior, schemes, {one.name: one.scores for one in scores})
     try:
         with workers.beside_workers(args, processes, steps) as shared:
             _show_steps(args, shared, f"sweeping {vlm.name}", study, 0 if isinstance(plans, Sequence) else expected)
@@ -220,13 +242,21 @@ def _run_plans(
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
     requested, calibrated = checked(args, args.search, args.until, args.storage)
+    if args.search != "frontier":
+        flags.without_effect(
+            args, ["--prior", "--scores"], f"with --search {args.search}; only frontier starts from what is expected"
+        )
     if args.prior:
         from sensitivity.analysis.atlas.priors import check_priors
 
-        if args.search != "frontier":
-            flags.without_effect(args, ["--prior"], f"with --search {args.search}; only frontier starts from one")
         check_priors(args.prior)
-    if not calibrated:
+    if args.scores:
+        from sensitivity.api.attribution_file import check_scores_apply
+        from sensitivity.api.planning import check_float_path
+
+        check_scores_apply((), args.scores)
+        check_float_path(requested, args.path)
+    elif not calibrated:
         idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
         flags.without_effect(args, idle, f"with --method {','.join(args.method)}, which is not calibrated")
     if args.plain:
@@ -249,7 +279,7 @@ def _forecast(
     assert not callable(plans)
     options = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
     options |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
-    predicted = forecast_sweep(vlm, parts, list(plans), tasks, **options)
+    predicted = forecast_sweep(vlm, parts, list(plans), tasks, **options, scores=args.scores)
     if not args.json:
         print_forecast(predicted)
     return predicted.to_json()

@@ -1,0 +1,141 @@
+"""`sweep --search frontier --scores swing` beside a sweep without scores: how many plans each needs.
+
+    python -m experiments.benchmarks.scored_sweeps [--models scenes-llava-heavy] [--task vqa] [--seeds 0,1]
+
+Each sweep runs some plans on n examples, and `recommend` chooses for seven budgets (those of quick_plans.py). What it
+chooses runs on examples that no chooser saw, and is compared there, example by example, with what a sweep of 60 plans
+chose (reports/quick-plans.csv). `shuffled` expects the damages of `swing`, each of another component. Rows of
+reports/scored-sweeps.csv are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.benchmarks.quick_plans import ASKED, ROOT, TESTED, budgets, kept
+from experiments.benchmarks.quick_plans import TABLE as SWEPT
+from sensitivity import inspect, load, sweep
+from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.search.plan_lists import plans as plans_of
+from sensitivity.api.planning import scored
+from sensitivity.api.recommending import recommend_each
+from sensitivity.api.sweeping import begin_sweep
+from sensitivity.measure.attribution.calibrated import Scores
+from sensitivity.spec.files import overwrite
+from sensitivity.spec.plan import Plan
+from sensitivity.study.scores import paired_difference
+from sensitivity.study.storage import expected
+from sensitivity.study.study import Study
+
+TABLE = ROOT / "reports" / "scored-sweeps.csv"
+NONE, SCORE, SHUFFLED = "none", "swing", "shuffled"
+
+
+def shuffled(scores: Scores, seed: int) -> Scores:
+    """The scores, each of another component."""
+    names = np.random.default_rng(seed).permutation(list(scores)).tolist()
+    return {mine: scores[other] for mine, other in zip(names, [*names[1:], names[0]], strict=True)}
+
+
+def compared(
+    name: str, task: str, seed: int, n: int, test: int, trials: int, swept: pd.DataFrame
+) -> Iterator[dict[str, object]]:
+    """For each expectation: the plans that a sweep of so many chooses, beside those of a sweep of 60."""
+    vlm = load(f"embedded:{name}")
+    parts = inspect(vlm, by="group.kind")
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["SENSITIVITY_CACHE"] = f"{place}/cache"
+        found = scored(vlm, parts, ASKED.schemes, [task], [SCORE], ASKED.examples)
+        swing, data = found.scores[0].scores, {"statistics": found.given.statistics}
+        expectations: Mapping[str, Scores | None] = {NONE: None, SCORE: swing, SHUFFLED: shuffled(swing, seed)}
+        chosen: dict[str, list[Plan]] = {"60": kept(swept, found.schemes)[0]}
+        seconds = {}
+        for what, damages in expectations.items():
+            began = time.process_time()
+
+            def plans(study: Study, damages: Scores | None = damages) -> Iterator[Plan]:
+                if damages is not None:
+                    expected.save(study.path, damages, SCORE)
+                listed = plans_of(parts, found.schemes, "frontier", trials, seed)
+                assert callable(listed)
+                return iter(listed(study))
+
+            study, steps = begin_sweep(vlm, parts, plans, [task], Path(place) / what, n=n, seed=seed, **data)
+            for _ in steps:
+                pass
+            request = PlanRequest(budgets(parts, ASKED.above), {study.tasks[0]: 1.0}, top=2)
+            chosen[what] = [one.plan for one in recommend_each(study, request, vlm)]
+            seconds[what] = time.process_time() - began
+        every = list(dict.fromkeys(plan for some in chosen.values() for plan in some))
+        tested = sweep(vlm, parts, every, [task], Path(place) / "test", n=test, seed=TESTED, **data)
+        for what in expectations:
+            for bpw, plan, other in zip(request.bpw, chosen[what], chosen["60"], strict=True):
+                own, base = tested.examples(plan), tested.examples(other)
+                assert own is not None
+                both = own.merge(base, on="example", suffixes=("", "_base"))
+                gain = paired_difference(both["score"], both["score_base"], both["cluster"])
+                yield {
+                    "model": name, "task": task, "seed": seed, "n": n, "trials": trials, "expected": what, "bpw": bpw,
+                    "score": round(float(both["score"].mean()), 4), "to_60": round(gain.mean, 4),
+                    "se": round(gain.se, 4), "cpu_s": round(seconds[what], 1), "plan": plan.describe(),
+                }  # fmt: skip
+
+
+def summary(table: pd.DataFrame) -> str:
+    lines = [
+        "| model | task | plans | expected | mean difference to 60 plans | worst budget |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (model, task, trials), rows in table.groupby(["model", "task", "trials"]):
+        for what, own in rows.groupby("expected", sort=False):
+            worst, spread = own.loc[own["to_60"].idxmin()], np.sqrt((own["se"] ** 2).sum()) / len(own)
+            lines.append(
+                f"| {model} | {task} | {trials} | {what} | {own['to_60'].mean():+.4f} ± {spread:.4f} | "
+                f"{worst['to_60']:+.4f} ± {worst['se']:.4f} ({worst['bpw']:g} bpw, seed {worst['seed']}) |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="scenes-llava-heavy")
+    parser.add_argument("--task", default="vqa")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--trials", default="8,15,30")
+    parser.add_argument("--n", type=int, default=300)
+    parser.add_argument("--test", type=int, default=1000)
+    args = parser.parse_args()
+    table, known = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(), pd.read_csv(SWEPT)
+    for name in args.models.split(","):
+        for seed in map(int, args.seeds.split(",")):
+            swept = known[(known[["model", "task", "seed", "n"]] == [name, args.task, seed, args.n]).all(axis=1)]
+            for trials in map(int, args.trials.split(",")):
+                asked = ["model", "task", "seed", "trials"]
+                if len(table) and (table[asked] == [name, args.task, seed, trials]).all(axis=1).any():
+                    continue
+                more = pd.DataFrame(compared(name, args.task, seed, args.n, args.test, trials, swept))
+                table = pd.concat([table, more], ignore_index=True)
+                overwrite(TABLE, table.to_csv(index=False))
+                print(more.drop(columns="plan").to_string(), flush=True)
+    overwrite(
+        TABLE.with_suffix(".md"),
+        "# Sweeps that start from a score\n\n"
+        "`python -m experiments.benchmarks.scored_sweeps` (models, tasks, seeds and plans as in the table): by\n"
+        "group.kind, gptq at 2, 3, 4, 6, 8 bits, `--search frontier` and `recommend` at seven budgets, on 300\n"
+        "examples. Differences to what a sweep of 60 plans without scores chose are of scores on 1,000 examples that\n"
+        "no chooser saw; ± is a standard error over examples. `swing`: as with `--scores swing`; `shuffled`: the same\n"
+        "damages, each of another component.\n\n"
+        f"{summary(table)}\n",
+    )
+
+
+if __name__ == "__main__":
+    main()
