@@ -120,6 +120,6 @@ def _judged(
     fresh = chosen_on is not None and run_on is not None and set(chosen_on["example"]).isdisjoint(run_on["example"])
     facts |= {"verified": verification.meta, "versions": versions()}
     return [
-        judge(study, candidates, rival, verification, request.weights, fresh=fresh, provenance=facts)
+        judge(study, candidates, rival, verification, request.weights, request.floors, fresh=fresh, provenance=facts)
         for candidates, rival in proposals
     ]

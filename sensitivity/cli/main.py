@@ -61,6 +61,7 @@ VERBS: dict[str, ModuleType] = {
     "import": import_,
     "demo": demo,
 }
+CONTINUED = {"plan", "sweep", "recommend", "demo"}  # verbs that measure plans, and store each as it is done
 FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-C
 # parts of an ImportError's message when there is no memory for a shared library
 OUT_OF_MEMORY = ("failed to map segment", "annot allocate memory")
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(finite(facts), indent=2, default=str))
         return 0
     except KeyboardInterrupt:
-        return fail(asked, "stopped; what was finished is kept, and the same command continues", STOPPED)
+        kept = "; what was finished is kept, and the same command continues" if set(words[:1]) & CONTINUED else ""
+        return fail(asked, f"stopped{kept}", STOPPED)
     except BrokenPipeError:  # as with `| head`; Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -128,7 +130,7 @@ def quiet(args: argparse.Namespace) -> Iterator[None]:
         warnings.simplefilter("default", Notice)
         show_as_before = warnings.showwarning
         warnings.showwarning = lambda message, category, *where, **how: (
-            print(f"note: {message}", file=sys.stderr)
+            print(json.dumps({"note": str(message)}) if args.json else f"note: {message}", file=sys.stderr)
             if issubclass(category, Notice)
             else show_as_before(message, category, *where, **how)
         )

@@ -227,7 +227,7 @@ def test_verdicts(two_tasks: Study) -> None:
     found = judge(two_tasks, candidates, rival, close)
     assert found.uniform is not None
     assert found.uniform.verdict == "no worse"
-    assert "The best uniform plan is no worse" in found.words
+    assert "The best uniform plan did no worse" in found.words
 
     assert "Predicted only" in judge(two_tasks, candidates, rival, {}).words
     assert unmeasured(two_tasks, candidates).measured is None
@@ -263,6 +263,44 @@ def test_several_tasks_are_judged_by_their_weighted_shares(two_tasks: Study) -> 
     assert found.by_task["grounding"].mean == 0.25
     assert found.task == "0.75 vqa + 0.25 grounding"
     assert found.predicted.low <= found.predicted.score <= found.predicted.high
+
+
+def test_a_floor_is_checked_on_what_was_measured(two_tasks: Study) -> None:
+    candidates = solve(two_tasks, bpw=5, top=2)
+    first, second = (candidate.plan.key for candidate in candidates)
+    native = Plan.uniform(two_tasks.parts, None).key
+
+    def both(vqa: float, grounding: float) -> pd.DataFrame:
+        return pd.concat([frame(vqa), frame(grounding, n=200).assign(task="grounding")])
+
+    frames = {native: both(0.9, 0.8), first: both(0.9, 0.7), second: both(0.85, 0.79)}
+    found = judge(two_tasks, candidates, None, frames)
+    assert found.plan.key == first
+    assert "floor" not in found.words
+    found = judge(two_tasks, candidates, None, frames, floors={"grounding": 0.95})
+    assert found.plan.key == second  # 99 % of full precision in grounding, where the first keeps 88 %
+    assert "floor" not in found.words
+    found = judge(two_tasks, candidates, None, frames, floors={"grounding": 1.0})
+    assert found.plan.key == first  # none keeps it
+    assert (
+        "The floor of 1 on grounding is missed: 87.5% [82.3%, 92.7%] of full precision, 200 paired examples."
+        in found.words
+    )
+    noisy = frames | {first: both(0.9, 0.0).iloc[:0], second: both(0.85, 0.79)}
+    noisy[first] = pd.concat([frame(0.9), frame(0.78, n=200, noise=0.4, seed=1).assign(task="grounding")])
+    found = judge(two_tasks, candidates[:1], None, noisy, floors={"grounding": 0.99})
+    assert "is missed on these examples, within their noise: " in found.words
+
+
+def test_a_plan_at_chance_is_said_to_be_useless(two_tasks: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = solve(two_tasks, bpw=5, top=1)
+    native = Plan.uniform(two_tasks.parts, None).key
+    monkeypatch.setattr(two_tasks, "meta", two_tasks.meta | {"chance": {"vqa": 0.3, "grounding": 0.0}})
+    frames = {native: frame(0.9), candidates[0].plan.key: frame(0.28)}
+    words = judge(two_tasks, candidates, None, frames).words
+    assert "It is no better than chance at vqa (0.280, chance 0.300): do not use it, ask for more bits." in words
+    frames[candidates[0].plan.key] = frame(0.8)
+    assert "chance" not in judge(two_tasks, candidates, None, frames).words
 
 
 def test_the_best_uniform_plan_meets_the_same_conditions(two_tasks: Study) -> None:

@@ -24,6 +24,7 @@ from sensitivity.formats.table import CHECKS
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import size
+from sensitivity.spec.version import __version__
 from sensitivity.study.study import Study
 
 MODEL = "embedded:scenes-llava"
@@ -317,7 +318,7 @@ def test_workers_share_the_queue_and_one_that_dies_loses_nothing(study: Path, tm
         os.kill(worker, signal.SIGKILL)
         printed, told = process.communicate()
     assert begun
-    assert "note: 1 of the workers ended early (signal 9); what they were running is run again" in told
+    assert '{"note": "1 of the workers ended early (signal 9); what they were running is run again"}' in told
     assert process.returncode == 0
     assert one_object(printed)["done"] == 9
     ours, theirs = (Study(path).table().set_index("key").sort_index() for path in (out, study))
@@ -462,3 +463,18 @@ def test_methods_are_listed_with_what_they_store(capsys: pytest.CaptureFixture[s
     printed = run(capsys, "methods")[1]
     assert "bivlm" in printed
     assert "text read in full" in printed
+
+
+def test_a_task_on_which_full_precision_scores_nothing_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "sweep embedded:scenes-blip2 --task ground --n 2 --bits 8 --search one-at-a-time --out"
+    for more, note in (("first", "note: full"), ("second --json", '{"note": "full')):
+        assert cli.main([*line.split(), *f"{tmp_path}/{more}".split()]) == 0
+        assert f"{note} precision scores nothing on ground" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"sensitivity {__version__}\n"

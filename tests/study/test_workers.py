@@ -153,7 +153,7 @@ def test_a_database_that_is_away_at_the_start_is_waited_for_where_it_was_there_b
     while line and "waiting for it" not in line:
         line = later.stderr.readline()
     postgres.start()
-    assert "note: cannot open the storage postgresql+psycopg://team@127.0.0.1" in line
+    assert "cannot open the storage postgresql+psycopg://team@127.0.0.1" in line
     assert finished(later)["done"] == 9
 
 
@@ -207,7 +207,7 @@ def test_a_ray_cluster_that_loses_an_actor(tmp_path: Path, undisturbed: Study) -
     os.kill(owners[0], signal.SIGKILL)
     said, errors = launcher.communicate(timeout=300)
     assert json.loads(said)["done"] == 9
-    assert "note: a worker was lost; the other workers run its plans" in errors
+    assert "a worker was lost; the other workers run its plans" in errors
     assert study.counts() == {"done": 9, "waiting": 0, "running": 0}
     pd.testing.assert_frame_equal(table(Study(out)), table(undisturbed), check_exact=True)
 

@@ -195,7 +195,7 @@ def infeasible(
     low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
     if low > budget:
         return UserError(
-            f"{subject} fits {budget / numel:.2f} bpw ({bytes_in_words(budget / 8)}): with the widths there are "
+            f"{subject} fits {budget / numel:.2f} bpw ({bytes_in_words(budget / 8)}): with these widths, "
             f"{low / numel:.2f} to {high / numel:.2f} bpw ({bytes_in_words(low / 8)} to {bytes_in_words(high / 8)}"
             f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
             "ask for more, or sweep lower widths (--bits)"

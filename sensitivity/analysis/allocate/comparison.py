@@ -78,6 +78,24 @@ def compare_with_plan(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, nam
     return Comparison(other, summarize(theirs["score"], theirs["cluster"]), difference, verdict, more, words)
 
 
+def kept_of(mine: pd.DataFrame, full: pd.DataFrame, share: float) -> Score:
+    """The share of full precision's score that ours is, with the interval of how far it lies from a given share."""
+    both = mine.merge(full, on="example", suffixes=("", "_full"))
+    beyond = paired_difference(both["score"], share * both["score_full"], both["cluster"])
+    whole = float(both["score_full"].mean()) or 1.0
+    mean, low, high = (share + value / whole for value in (beyond.mean, beyond.low, beyond.high))
+    return Score(mean, beyond.se / whole, beyond.n, beyond.clusters, low, high)
+
+
+def floor_in_words(task: str, share: float, kept: Score) -> str:
+    """A sentence if a plan keeps a lower share of full precision than was asked for, else none."""
+    if kept.mean >= share:
+        return ""
+    how = "is missed" if kept.high < share else "is missed on these examples, within their noise"
+    interval = f"{kept.mean:.1%} [{kept.low:.1%}, {kept.high:.1%}] of full precision, {kept.n:,} paired examples"
+    return f" The floor of {share:.4g} on {task} {how}: {interval}."
+
+
 def _corrected(difference: Score, tries: int) -> Score:
     """Widen the interval, since our plan was picked as the best of several (Bonferroni)."""
     if tries < 2 or difference.clusters < 2:
@@ -96,7 +114,7 @@ def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
     if high < 0:
         return "worse", None, f"{name[0].upper()}{name[1:]} is clearly better: {interval} for the solved plan."
     if gap <= 0:
-        return "no worse", None, f"{name[0].upper()}{name[1:]} is no worse: {interval}."
+        return "no worse", None, f"{name[0].upper()}{name[1:]} did no worse on these examples: {interval}."
     more = more_examples(difference)
     if more is None:
         return "tied", None, f"Tied with {name}: {interval}; no practical number of examples would decide."

@@ -13,7 +13,13 @@ import pandas as pd
 
 from sensitivity.analysis.allocate.believed import shrunk_scores, steadied_rows
 from sensitivity.analysis.allocate.budget import Candidate, as_measured
-from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson, compare_with_plan
+from sensitivity.analysis.allocate.comparison import (
+    Comparison,
+    ComparisonJson,
+    compare_with_plan,
+    floor_in_words,
+    kept_of,
+)
 from sensitivity.analysis.allocate.knapsack import Predicted
 from sensitivity.analysis.allocate.request import RequestJson
 from sensitivity.analysis.observations import observations_of
@@ -149,6 +155,7 @@ def judge(
     rival: Candidate | None,
     measured: Study | Mapping[str, pd.DataFrame],
     weights: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
     *,
     fresh: bool = True,
     provenance: Provenance | None = None,
@@ -157,7 +164,8 @@ def judge(
 
     measured: a study in which they were run, or plan key -> per-example scores (task, example, cluster, score), on
     the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
-    default the study's first alone. fresh: these examples had no part in finding the candidates.
+    default the study's first alone. floors: task -> share of full precision to keep; candidates that keep them come
+    before others. fresh: these examples had no part in finding the candidates.
 
     Measured scores are shrunk towards predictions, since the highest of several noisy ones was partly lucky. The rival
     is recommended only if it is clearly better than the best candidate.
@@ -176,7 +184,10 @@ def judge(
         _weighed(one, weights, full) for one in steadied_rows(study, weights, [frames[c.plan.key] for c in run])
     ]
     likely = shrunk_scores([as_measured(c.predicted, weights) for c in run], steadied)
-    best = run[int(np.argmax(likely))]
+    floors = floors if floors and native.key in frames else {}
+    kept = [_kept(frames, c.plan, native, floors) for c in run]
+    short = [sum(one[task].mean < share for task, share in floors.items()) for one in kept]
+    best = min(zip(short, -np.array(likely), run, strict=True), key=lambda one: one[:2])[2]
     # `len(run)` corrects each interval for having picked the best of that many
     against_rival = None
     if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
@@ -186,6 +197,12 @@ def judge(
     words = against_rival.words if against_rival else _without_rival(best, rival)
     if rival is not None and against_rival is not None and against_rival.verdict == "worse":
         best, against_rival, words = rival, None, f"A uniform plan is the best choice here. {words}"
+    floors_kept = _kept(frames, best.plan, native, floors)
+    words += "".join(floor_in_words(task, share, floors_kept[task]) for task, share in floors.items())
+    by_task = {
+        str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")
+    }
+    words += _at_chance({task: by_task[task] for task in weights}, full, study.meta.get("chance") or {})
     others = tuple(
         compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
         for c in run
@@ -204,7 +221,7 @@ def judge(
         fresh,
         words,
         provenance_of(study) | (provenance or {}),
-        {str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")},
+        by_task,
     )
 
 
@@ -217,6 +234,28 @@ def judged_by(weights: Mapping[str, float]) -> str:
 def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
     """Per-example scores of those plans that a study measured, by plan key."""
     return {plan.key: frame for plan in plans if (frame := measured.examples(plan)) is not None}
+
+
+def _kept(
+    frames: Mapping[str, pd.DataFrame], plan: Plan, native: Plan, floors: Mapping[str, float]
+) -> dict[str, Score]:
+    """The share of full precision that a plan keeps on each task with a floor."""
+    return {
+        task: kept_of(_of_task(frames[plan.key], task), _of_task(frames[native.key], task), share)
+        for task, share in floors.items()
+    }
+
+
+def _at_chance(
+    scores: Mapping[str, Score], full: Mapping[str, float | None], chance: Mapping[str, float | None]
+) -> str:
+    """A sentence if a plan scores no better than chance on a task on which full precision does."""
+    lost = [
+        f"{task} ({score.mean:.3f}, chance {level:.3f})"
+        for task, score in scores.items()
+        if (level := chance.get(task)) is not None and score.low <= level < (full[task] or 0.0)
+    ]
+    return f" It is no better than chance at {' and '.join(lost)}: do not use it, ask for more bits." if lost else ""
 
 
 def _without_rival(best: Candidate, rival: Candidate | None) -> str:

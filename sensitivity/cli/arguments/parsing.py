@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from sensitivity.cli.arguments import values
 from sensitivity.cli.output.ticker import working
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.version import __version__
 
 
 def parser_of(verbs: Mapping[str, ModuleType], words: Sequence[str] | None = None) -> argparse.ArgumentParser:
@@ -29,6 +30,8 @@ def parser_of(verbs: Mapping[str, ModuleType], words: Sequence[str] | None = Non
         description="Which parts of a vision-language model can be quantized how far, at what cost to your task?",
         epilog="example: sensitivity demo",
     )
+    top.add_argument("--version", action="version", version=f"sensitivity {__version__}")
+    top.verb = next(iter(named), "")
     choices = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in (named or verbs).items():
         described = f"{verb.ABOUT[0].upper()}{verb.ABOUT[1:]}."
@@ -52,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self.verb = ""  # that was typed: argparse reports words that no verb takes as errors of the whole line
         for name in (None, "store"):  # the action of add_argument without `action`, and of "store"
             self.register("action", name, Once)
 
@@ -62,7 +66,8 @@ class Parser(argparse.ArgumentParser):
         if ours != message:
             raise UserError(ours)
         ours = ours.replace("the following arguments are required", "still needed").replace("arguments", "words")
-        raise UserError(f"{ours}; `{self.prog} --help` shows what there is")
+        verb = f" {self.verb}" if self.verb else ""
+        raise UserError(f"{ours}; `{self.prog}{verb} --help` shows what there is")
 
 
 class Once(argparse.Action):

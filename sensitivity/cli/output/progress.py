@@ -7,12 +7,14 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from sensitivity.cli.output.ticker import Ticker
 from sensitivity.spec import stage
+from sensitivity.spec.errors import Notice
 from sensitivity.spec.stage import clock
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def show_progress(
 
     Without a terminal, print a plain line every few seconds instead. Returns the number of steps.
     """
+    steps = _with_notice(steps)
     if not sys.stderr.isatty():
         return _show_lines(steps, title, Pace(plans, seconds))
     from rich.console import Console, Group
@@ -117,11 +120,16 @@ def _show_lines(steps: Iterable[Step], title: str, pace: Pace) -> int:
     return finished
 
 
-def show_progress_in_json(steps: Iterable[Step], study: Study, plans: int = 0, seconds: float = math.inf) -> int:
-    """The same for programs: a line of JSON on standard error, at most one per second, and always the last."""
+def show_progress_in_json(
+    steps: Iterable[Step], study: Study | None = None, plans: int = 0, seconds: float = math.inf
+) -> int:
+    """The same for programs: a line of JSON on standard error, at most one per second, and always the last.
+
+    Without a study, as while plans are verified, it says nothing of a frontier.
+    """
     pace, shown, finished = Pace(plans, seconds), 0.0, 0
     pending: Callable[[], None] | None = None  # prints the latest step, which may be the last one
-    for step in steps:
+    for step in _with_notice(steps):
         finished += 1
         pending = partial(_print_json, step, *pace.after(step), study)
         if time.monotonic() - shown > 1:
@@ -132,19 +140,29 @@ def show_progress_in_json(steps: Iterable[Step], study: Study, plans: int = 0, s
     return finished
 
 
-def _print_json(step: Step, images: int, seconds: float, study: Study) -> None:
+def _with_notice(steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps, with a note as soon as full precision turns out to score nothing."""
+    for step in steps:
+        nothing = [task for task, mean in step.scores.items() if mean <= 0]
+        if nothing and step.complete and step.plan.is_native:
+            warnings.warn(
+                f"full precision scores nothing on {' and '.join(nothing)}: plans have nothing to lose there, and "
+                "cannot be compared; another --task or model would say more",
+                Notice,
+                stacklevel=2,
+            )
+        yield step
+
+
+def _print_json(step: Step, images: int, seconds: float, study: Study | None) -> None:
     """Print one line of JSON."""
-    counts = study.counts(cached=True)
-    facts = {
-        "done": step.done,
-        "left": images,
-        "plans_done": counts["done"],
-        "plans_left": counts["waiting"] + counts["running"],
-        "seconds_left": round(seconds, 1),
-        "plan": step.plan.describe(),
-        "scores": dict(step.scores),
-        "frontier": points(study),
-    }
+    facts: dict[str, object] = {"done": step.done, "left": images}
+    if study is not None:
+        counts = study.counts(cached=True)
+        facts |= {"plans_done": counts["done"], "plans_left": counts["waiting"] + counts["running"]}
+    facts |= {"seconds_left": round(seconds, 1), "plan": step.plan.describe(), "scores": dict(step.scores)}
+    if study is not None:
+        facts["frontier"] = points(study)
     print(json.dumps(facts), file=sys.stderr, flush=True)
 
 

@@ -269,8 +269,12 @@ def print_recommendation(best: Recommendation) -> None:
         print(f"  predicted {best.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
     else:
         where = "examples that had no part in the choice" if best.fresh else "the examples it was chosen on"
-        print(f"  {best.task} {best.measured}, measured on {where}")
-        if best.full is not None:
+        several = len(best.weights) > 1  # then scores are shares of full precision, whose own is 1
+        what = f"share of full precision in {best.task}" if several else best.task
+        print(f"  {what} {best.measured}, measured on {where}")
+        for task, score in best.by_task.items() if several else ():
+            print(f"  {task} {score}")
+        if best.full is not None and not several:
             print(f"  full precision {best.full}")
         if best.uniform is not None:
             print(f"  best uniform plan within the budget: {best.uniform.other.describe()}, {best.uniform.score}")

@@ -138,7 +138,7 @@ def _verified(
     recommendations, steps = begin_recommendation(
         study, request, vlm, proposals, n=args.n, statistics=scoring.given.statistics
     )
-    show_progress(steps, "verifying")
+    show_progress_in_json(steps) if args.json else show_progress(steps, "verifying")
     best = recommendations()
     files = save(study, best)
     measured = len(study.trials())

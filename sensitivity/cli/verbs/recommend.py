@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
-from sensitivity.cli.output.progress import show_progress, show_stages
+from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import KEY_LENGTH, print_answer_counts, print_recommendation, print_runtime_costs
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     vlm = _model(args, study)
     recommendations, steps = begin_recommendation(study, request, vlm, times=times)
     if vlm is not None:
-        show_progress(steps, "verifying")
+        show_progress_in_json(steps) if args.json else show_progress(steps, "verifying")
     best = recommendations()
     if times is not None:
         layer_times.save(study.path, times)
