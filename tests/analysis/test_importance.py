@@ -20,6 +20,7 @@ from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, sh
 from sensitivity.analysis.importance.random_forest import RandomForest
 from sensitivity.analysis.importance.ranking import cached, rank, rank_correlations
 from sensitivity.analysis.observations import observations_of, observations_of_table
+from sensitivity.cli import main as cli
 from sensitivity.spec.errors import UserError
 
 with warnings.catch_warnings():
@@ -146,11 +147,39 @@ def test_a_ranking_that_rests_on_one_level_says_so() -> None:
     assert found.order[0] == "vision"
     worst = found.levels.loc[found.levels["shift"].abs().idxmax()]
     assert (worst["component"], worst["bits"], worst["changes_first"]) == ("vision", 2, True)
-    assert "rests on vision at 2 bits" in " ".join(found.warnings)
+    share = found.table["forest"]["vision"]  # the note starts from a share that the table shows
+    note = "rests on vision at 2 bits: without those 36 trials the forest importance of vision goes from"
+    assert f"{note} {share:.0f} to" in " ".join(found.warnings)
     assert robustness.cliffs(found.levels) == [("vision", 2)]
     near = rank(planted.observations(cliff, noise=0.005), bootstraps=0, near=0.7, thorough=False)
     assert near.order[0] == "language"
     assert near.trials < found.trials
+
+
+def test_the_verb_tells_the_command_for_plans_near_full_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is typed for this study; and not where it was just run."""
+    path = tmp_path / "a study"
+    planted.study(path, {"a": lambda bits: 1.0 * (bits[:, 0] > 2) - 0.1 * planted.damage(bits[:, 2], 3)}, 0.005)
+    command = ["rank", str(path), "--bootstraps", "2"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "this ranking rests on vision at 2 bits" in out
+    assert f"note: `sensitivity rank '{path}' --near 0.9` says" in out
+    assert cli.main([*command, "--near", "0.9"]) == 0
+    out = capsys.readouterr().out
+    assert "Importance for a" in out
+    assert "`sensitivity rank" not in out
+
+
+def test_one_trial_at_native_precision_is_named_as_such() -> None:
+    observations = planted.observations(planted.additive)
+    found = rank(observations, bootstraps=0)
+    level = found.levels.head(1).assign(component="connector", bits=16, trials=1, shift=25.0, before=5.0, after=30.0)
+    told = " ".join(robustness.cautions(observations, found, level))
+    assert "rests on connector at native precision: without that trial the forest importance" in told
+    assert "goes from 5 to 30 %" in told
 
 
 def test_untouched_components_are_suspected() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sensitivity.analysis.importance.types import Ranking
 
 Floats = np.ndarray
+NEAR = 0.9  # share of full precision that counts as near it
 MOVED = 15.0  # percentage points; the ranking rests on a level if some share changes by so much without it
 
 
@@ -68,7 +69,8 @@ def without_levels(
     """
 
     def share(rest: Observations) -> Floats:
-        trees = estimators.tree_count(40, len(observations))
+        # of all trials, the forest is the ranking's own, so that a change starts from a share that the reader sees
+        trees = estimators.TREES if rest is observations else estimators.tree_count(40, len(observations))
         return estimators.shares(estimators.forest(estimators.fit(rest.bits, rest.score, groups, seed, trees=trees)))
 
     left_out = []
@@ -86,11 +88,25 @@ def without_levels(
         most = int(np.argmax(np.abs(shares - base)))
         rows.append({
             "component": name, "bits": bits, "trials": trials, "shift": float((shares - base)[most]),
-            "moves": names[most], "tau": float(kendalltau(shares, base).statistic),
+            "moves": names[most], "before": float(base[most]), "after": float(shares[most]),
+            "tau": float(kendalltau(shares, base).statistic),
             "changes_first": int(np.argmax(shares)) != int(np.argmax(base)),
         })  # fmt: skip
-    columns = ["component", "bits", "trials", "shift", "moves", "tau", "changes_first"]
+    columns = ["component", "bits", "trials", "shift", "moves", "before", "after", "tau", "changes_first"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def decisive_level(levels: pd.DataFrame) -> pd.Series | None:
+    """The level without which a share moves most; None if no level moves a share by MOVED points."""
+    if not len(levels):
+        return None
+    worst = levels.iloc[int(levels["shift"].abs().argmax())]
+    return worst if abs(worst["shift"]) >= MOVED else None
+
+
+def width_in_words(bits: float) -> str:
+    """The width of a level in words: 16 bits stand for weights that were left as they are."""
+    return "native precision" if bits == 16 else f"{bits:g} bits"
 
 
 def cliffs(levels: pd.DataFrame) -> list[tuple[str, int]]:
@@ -144,15 +160,13 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
 def cautions(observations: Observations, ranking: Ranking, levels: pd.DataFrame) -> list[str]:
     """Warnings to the reader of a ranking, as sentences."""
     warnings = []
-    if len(levels):
-        worst = levels.iloc[int(levels["shift"].abs().argmax())]
-        if abs(worst["shift"]) >= MOVED:
-            first = " and another component comes first" if worst["changes_first"] else ""
-            warnings.append(
-                f"this ranking rests on {worst['component']} at {worst['bits']} bits: without those "
-                f"{count(worst['trials'], 'trial')} the share of {worst['moves']} changes by {worst['shift']:+.0f} "
-                f"points{first}; see the ranking near the operating point (`sensitivity rank STUDY --near 0.9`)"
-            )
+    if (worst := decisive_level(levels)) is not None:
+        first = ", and another component comes first" if worst["changes_first"] else ""
+        those = "that trial" if worst["trials"] == 1 else f"those {worst['trials']:,} trials"
+        warnings.append(
+            f"this ranking rests on {worst['component']} at {width_in_words(worst['bits'])}: without {those} the "
+            f"forest importance of {worst['moves']} goes from {worst['before']:.0f} to {worst['after']:.0f} %{first}"
+        )
     if ranking.r2 < 0.5:
         warnings.append(
             f"the forest explains little of unseen plans (cross-validated R2 {ranking.r2:.2f}): read with care"

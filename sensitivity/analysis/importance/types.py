@@ -55,7 +55,8 @@ class Ranking:
     table: pd.DataFrame
     tau: pd.DataFrame  # Kendall's, between estimators
     pairs: pd.DataFrame  # a, b, strength, both_low: how far a pair departs from the sum of its two effects
-    levels: pd.DataFrame  # component, bits, trials, shift, moves, tau, changes_first: what changes without that level
+    levels: pd.DataFrame  # what changes without one level: component, bits, trials, shift, moves, before, after, tau,
+    # changes_first
     warnings: tuple[str, ...]
     method: str | None = None
     near: float | None = None  # only trials that are predicted to keep at least this share of full precision

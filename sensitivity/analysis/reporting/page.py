@@ -43,7 +43,6 @@ from sensitivity.study.storage import layer_times, paths
 from sensitivity.study.study import Study
 
 MANY_TRIALS = 1000  # beyond, half the resamples are drawn
-NEAR = 0.9  # share of full precision that counts as near the operating point
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bpw; those that the study's widths can reach are shown
 
 
@@ -205,8 +204,9 @@ def _near(study: Study, observations: Observations) -> pd.DataFrame | None:
     """Consensus shares among plans that one would use: those near full precision, and those around a few budgets."""
     columns = {}
     with contextlib.suppress(UserError):  # too few such plans, or all with one score: no column
-        close = rank(study, observations.task, near=NEAR, bootstraps=0, thorough=False)
-        columns[f"within {1 - NEAR:.0%} of full precision ({close.trials} trials)"] = close.table["consensus"]
+        close = rank(study, observations.task, near=robustness.NEAR, bootstraps=0, thorough=False)
+        name = f"within {1 - robustness.NEAR:.0%} of full precision ({close.trials} trials)"
+        columns[name] = close.table["consensus"]
     around = robustness.by_budget(observations, [3.0, 4.0, 6.0])
     for budget, row in around.iterrows():
         columns[f"around {budget:g} bpw ({row['trials']:.0f})"] = row.drop("trials")

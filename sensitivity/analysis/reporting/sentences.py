@@ -184,7 +184,8 @@ def levels_alt(ranking: Ranking) -> str:
     worst = ranking.levels.loc[ranking.levels["shift"].abs().idxmax()]
     return (
         "Change of each share, in points, when all trials with one width of one part are left out; largest: "
-        f"{worst['moves']} by {worst['shift']:+.0f} without {worst['component']} at {worst['bits']} bits."
+        f"{worst['moves']} by {worst['shift']:+.0f} without {worst['component']} at "
+        f"{robustness.width_in_words(worst['bits'])}."
     )
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.tables import print_ranking
+
+if TYPE_CHECKING:
+    from sensitivity.analysis.importance.types import Ranking
+    from sensitivity.study.study import Study
 
 ABOUT = "say how much of the score each component decides, with intervals"
 EXAMPLE = "sensitivity rank runs/first"
@@ -43,4 +48,24 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if not args.json:
         for one in rankings.values():
             print_ranking(one)
+            if advice := _near_full_precision(args, study, one):
+                print(f"  note: {advice}")
     return {task: one.to_json() for task, one in rankings.items()}
+
+
+def _near_full_precision(args: argparse.Namespace, study: Study, one: Ranking) -> str:
+    """Where a single level decides a ranking of all plans: the command that ranks those that one would use."""
+    from sensitivity.analysis.importance import robustness
+    from sensitivity.analysis.observations import observations_of
+    from sensitivity.spec.errors import UserError, shell_word
+
+    if args.near or robustness.decisive_level(one.levels) is None:
+        return ""
+    try:
+        robustness.near_operating_point(observations_of(study, one.task, args.method), robustness.NEAR)
+    except UserError:
+        return ""  # too few plans are near full precision
+    task = one.task if len(study.tasks) > 1 else None
+    given = {"--task": task, "--by": args.by, "--method": args.method, "--near": robustness.NEAR}
+    typed = " ".join(f"{flag} {shell_word(value)}" for flag, value in given.items() if value)
+    return f"`sensitivity rank {shell_word(study.path)} {typed}` says which parts matter near full precision"
