@@ -31,6 +31,14 @@ class Predicted:
     high: float
     full: float  # predicted for full precision
 
+    @property
+    def possible(self) -> Predicted:
+        """The prediction as it is shown: no further than 0 and 1 where full precision lies between them."""
+        if not 0 < self.full <= 1:
+            return self
+        score, low, high = (min(max(value, 0.0), 1.0) for value in (self.score, self.low, self.high))
+        return Predicted(score, low, high, self.full)
+
     def to_json(self) -> dict[str, float]:
         """The prediction as JSON values."""
         return dict(self.__dict__)

@@ -97,8 +97,8 @@ class Recommendation:
 
     @property
     def predicted(self) -> Predicted:
-        """The predicted score on the scale of `measured`."""
-        return as_measured(self.candidate.predicted, self.weights)
+        """The predicted score on the scale of `measured`, as it is shown."""
+        return as_measured(self.candidate.predicted, self.weights).possible
 
     def to_json(self) -> RecommendationJson:
         """The recommendation as JSON values."""

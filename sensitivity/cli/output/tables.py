@@ -260,9 +260,10 @@ def print_score_costs(scored: Sequence[Attribution]) -> None:
 def print_recommendation(best: Recommendation) -> None:
     """Print a plan with its size, and its score beside full precision and the best uniform plan."""
     print()
-    print(f"Best plan for {best.budget:.4g} bits per weight, judged by {best.task}:")
-    print(f"  {best.plan.describe()}")
     size = best.size
+    allowed = bytes_in_words(size.bytes * best.budget / size.bpw)
+    print(f"Best plan for {best.budget:.4g} bits per weight ({allowed}), judged by {best.task}:")
+    print(f"  {best.plan.describe()}")
     print(f"  {size.bpw:.2f} bpw {size.counted} ({size.bpw_codes:.2f} codes only), {bytes_in_words(size.bytes)}")
     if best.measured is None:
         expected = best.predicted
