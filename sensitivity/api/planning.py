@@ -45,6 +45,7 @@ MAX_EVALUATIONS = 10  # real evaluations, full precision included
 # fit into memory, so that large models do without it, and without right answers in words there is no gradient
 OPENING, OF_LARGE_MODELS, WITHOUT_ANSWERS = ("change", "swing"), ("swing", "gram"), ("gram",)
 MOST_PASSES = 4
+EXPECTED = "swing"  # the score from which the surrogate starts, where it was computed
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
 ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
@@ -128,7 +129,10 @@ def begin_plan(
     openings = opening_plans(parts, request, scores)
 
     def plans(study: Study) -> Iterable[Plan]:
-        expected.save(study.path, combined([one.scores for one in scores]), ", ".join(one.name for one in scores))
+        named = {one.name: one.scores for one in scores}
+        if EXPECTED in named:  # alone it foretells better than the mean of several
+            named = {EXPECTED: named[EXPECTED]}
+        expected.save(study.path, combined(list(named.values())), ", ".join(named))
         # in this order neighboring plans share most of their forward passes
         first = sorted(openings[: trials - 1], key=data_flow_order)
         return openings_then_proposals(
