@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import planted
 import pytest
 from browser import browser
@@ -15,6 +17,8 @@ from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured
+from sensitivity.analysis.importance.ranking import rank
+from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.page import report
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
@@ -147,6 +151,61 @@ def test_several_budgets_several_methods_and_a_cliff(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("share", "near"), [(0.38, "not clearly above chance"), (0.03, "next to nothing"), (0.9, "")])
+def test_a_plan_that_lost_all_is_not_to_be_used(share: float, near: str, study: Study, tmp_path: Path) -> None:
+    candidates, native = solve(study, bpw=5.0), Plan.uniform(study.parts, None)
+    frames = {key: frame(mean) for key, mean in ((candidates[0].plan.key, share), (native.key, 0.95))}
+    verified = {} if share < 0.1 else {"verified": {"chance": {"vqa": 0.35}}}
+    chosen = judge(study, candidates, None, frames, provenance=verified)  # type: ignore[arg-type]
+    text = report(study, tmp_path / "out", chosen, bootstraps=1).read_text()
+    assert ("Use the plan" in text) == (not near)
+    assert ("No plan within a budget of 5.00 is of use for vqa: the best, " in text) == bool(near)
+    assert ("The best plan, which is of no use," in text) == bool(near)
+    if near:
+        told = re.search(rf"scores ([0-9.]+) on vqa, {near}, where full precision scores ([0-9.]+)\.", text)
+        assert told is not None
+        assert float(told[1]) < 0.5 < float(told[2])
+
+
+def means(**curves: dict[int, float]) -> pd.DataFrame:
+    return pd.DataFrame([(part, bits, mean) for part, curve in curves.items() for bits, mean in curve.items()],
+                        columns=["part", "bits", "mean"])  # fmt: skip
+
+
+def test_the_curves_are_held_against_full_precision() -> None:
+    """And not against their own last width; where a curve falls below and rises again, its widths are named."""
+    drawn = means(
+        a={2: 0.4, 4: 0.92, 8: 0.95}, b={2: 0.53, 3: 0.53, 8: 0.58}, c={3: 0.95, 4: 0.5, 8: 0.96},
+        d={2: 0.3, 4: 0.95, 8: 0.5},
+    )  # fmt: skip
+    told = sentences.by_bits_alt(drawn, "vqa", 0.975)
+    assert "90 % of full precision's 0.975: a down to 4 bits; b at no width (0.58 at best); c only at 3 and 8" in told
+    assert "d only at 4 bits" in told
+    assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", None)
+    assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", 0.0)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_advice_comes_from_a_ranking_that_explains_nothing(study: Study, tmp_path: Path) -> None:
+    found = rank(study, bootstraps=2)
+    unsure = {"weak": replace(found, r2=0.07), "wide": replace(found, table=found.table.assign(**{"consensus.low": 0}))}
+    for name, why in (("weak", "explains only 7% of the variance"), ("wide", "cannot be told from nothing")):
+        text = report(study, tmp_path / name, rankings={"vqa": unsure[name]}).read_text()
+        assert "For vqa, it cannot be said yet on which part to spend bits" in text
+        assert why in text
+        assert "spend bits on" not in text.replace("on which part to spend bits", "")
+    text = report(study, tmp_path / "sure", rankings={"vqa": found}).read_text()
+    assert re.search(r"\(shares of the differences in score: \w+ \d+ % \[\d+, \d+\],", text)
+
+
+def test_estimators_are_called_what_the_tables_call_them(study: Study) -> None:
+    found = rank(study, bootstraps=2)
+    tau = found.tau.copy()
+    tau.loc["shap", "fanova"] = tau.loc["fanova", "shap"] = -0.5
+    assert "differ most between SHAP and fANOVA" in sentences.agreement(replace(found, tau=tau))
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_few_trials_and_no_recommendation(tmp_path: Path) -> None:
     rows = planted.grid((4, 16))[:3]
     study = planted.study(tmp_path / "few", {"a": planted.product}, rows=rows)
@@ -164,6 +223,8 @@ def test_a_study_that_tells_nothing_says_so(levels: tuple[int, int], tmp_path: P
     rows = None if levels == (3, 8) else np.array([[16.0] * 3, [8.0] * 3])
     made = planted.study(tmp_path, {"vqa": lambda bits: np.zeros(len(bits))}, levels=levels, rows=rows)
     text = report(made, tmp_path / "report", bootstraps=2).read_text()
+    assert "No plan can be chosen: full precision scores nothing on vqa." in text or not made.table()["native"].any()
+    assert "table of budgets" not in text
     assert "Not at all yet: no part could be ranked" in text
     assert "keeps 90 %" not in text
     assert (tmp_path / "report" / "vqa-by-bits.png").exists() == (rows is None)  # one width is no curve

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Floats = np.ndarray
 NEAR = 0.9  # share of full precision that counts as near it
+TRUSTED_R2 = 0.5  # of the forest on unseen plans; a ranking by a worse one is not to be trusted
 MOVED = 15.0  # percentage points; the ranking rests on a level if some share changes by so much without it
 
 
@@ -167,7 +168,7 @@ def cautions(observations: Observations, ranking: Ranking, levels: pd.DataFrame)
             f"this ranking rests on {worst['component']} at {width_in_words(worst['bits'])}: without {those} the "
             f"forest importance of {worst['moves']} goes from {worst['before']:.0f} to {worst['after']:.0f} %{first}"
         )
-    if ranking.r2 < 0.5:
+    if ranking.r2 < TRUSTED_R2:
         warnings.append(
             f"the forest explains little of unseen plans (cross-validated R2 {ranking.r2:.2f}): read with care"
         )

@@ -10,6 +10,7 @@ from typing import NotRequired, TypedDict, cast
 import numpy as np
 import pandas as pd
 
+TITLES = {"shap": "SHAP", "fanova": "fANOVA", "ped_anova": "PED-ANOVA"}  # estimators whose name is not their title
 Values = dict[str, object]  # a row of a table by column, as JSON values
 
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from sensitivity.analysis.importance.types import TITLES
 from sensitivity.analysis.reporting.table_rows import frontier_rows, quantized, single
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def importance_shares(
                 height * 0.92,
                 color=color,
                 xerr=error,
-                label=name,
+                label=TITLES.get(name, name),
                 error_kw={"ecolor": INK, "elinewidth": 0.8, "capsize": 2},
             )
         axes.set_yticks(np.arange(len(ranking)), [short(name) for name in ranking.index])

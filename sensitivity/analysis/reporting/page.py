@@ -16,8 +16,9 @@ from sensitivity.analysis.allocate.budget import Candidate, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance import robustness
+from sensitivity.analysis.importance.estimators import ESTIMATORS
 from sensitivity.analysis.importance.ranking import cached, rank
-from sensitivity.analysis.importance.types import Ranking
+from sensitivity.analysis.importance.types import TITLES, Ranking
 from sensitivity.analysis.observations import Observations, observations_of
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.environment import GENERATOR, rendered
@@ -82,8 +83,12 @@ def report(
         format=study.format,
         tasks=tasks,
         meta=study.meta,
-        recommendations=[(one, _plan_rows(study.parts, one.plan)) for one in recommendations],
-        summary=sentences.summary(study, table, recommendations, [task.ranking for task in tasks], grown),
+        recommendations=[
+            (one, sentences.what_is_lost(study, one), _plan_rows(study.parts, one.plan)) for one in recommendations
+        ],
+        summary=sentences.summary(
+            study, table, recommendations, [task.ranking for task in tasks], grown, any(task.budgets for task in tasks)
+        ),
         galleries=galleries,
         no_gallery=no_gallery,
         exports=exports.notes_of(study.path),
@@ -91,6 +96,8 @@ def report(
         kept=_kept(study.parts),
         plans=_plans(study),
         labels=LABELS,
+        estimators=list(ESTIMATORS),
+        titles=TITLES,
         time_and_memory=_time_and_memory(study, table, recommendations, out),
         provenance=json.dumps(study.meta, indent=1, default=str),
     )

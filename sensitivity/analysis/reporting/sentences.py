@@ -13,11 +13,14 @@ import pandas as pd
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import rank_correlations
-from sensitivity.analysis.importance.types import Ranking
+from sensitivity.analysis.importance.types import TITLES, Ranking
+from sensitivity.analysis.reporting.interactive import score_of
 from sensitivity.spec.errors import shell_word
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
+
+NEXT_TO_NOTHING = 0.1  # of what full precision has above chance: a plan that keeps less is not to be used
 
 
 @dataclass(frozen=True)
@@ -35,45 +38,99 @@ def summary(
     recommendations: Sequence[Recommendation],
     rankings: Sequence[Ranking | None],
     grown: Sequence[str] = (),
+    budgets: bool = True,
 ) -> ReportSummary:
-    """The report's summary of a study, its recommendations and its rankings."""
+    """The report's summary of a study, its recommendations and its rankings; `budgets`: whether it has their table."""
     ranked = [ranking for ranking in rankings if ranking is not None]
+    plans = [plan_to_use(study, one) for one in recommendations] or [_choose_a_budget(study, table, budgets)]
     return ReportSummary(
-        tuple(_do(study, recommendations, ranked)),
+        (*plans, *map(_advice, ranked)),
         (*_sure(study, recommendations, ranked), *grown),
         tuple(_change(study, recommendations, ranked)),
     )
 
 
-def _do(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
-    """What to do: the plans to use, and where to spend bits."""
-    lines = [
-        f"Use the plan {one.plan.describe()}: {one.size.bpw:.2f} bits per weight"
-        f"{f' in {one.size.format} files' if one.size.format else ''} ({bytes_in_words(one.size.bytes)}) "
-        f"within a budget of {one.budget:.2f}."
-        for one in recommendations
-    ]
-    if not recommendations:
-        lines.append(
-            f"Choose a budget and ask for its plan: sensitivity recommend {shell_word(study.path)} --bpw 4.0. "
-            "The table of budgets below shows what each would buy."
+def plan_to_use(study: Study, one: Recommendation) -> str:
+    """That a recommended plan is to be used; or, where it has lost what full precision can, that none is of use."""
+    size = (
+        f"{one.size.bpw:.2f} bits per weight{f' in {one.size.format} files' if one.size.format else ''} "
+        f"({bytes_in_words(one.size.bytes)})"
+    )
+    if lost := what_is_lost(study, one):
+        return (
+            f"No plan within a budget of {one.budget:.2f} is of use for {' and '.join(lost)}: the best, "
+            f"{one.plan.describe()}, {size}, {' and '.join(lost.values())}."
         )
-    return lines + [_advice(ranking) for ranking in ranked]
+    return f"Use the plan {one.plan.describe()}: {size} within a budget of {one.budget:.2f}."
+
+
+def what_is_lost(study: Study, one: Recommendation) -> dict[str, str]:
+    """The tasks on which a plan is not clearly above chance, or keeps next to nothing, each with its score in words."""
+    levels = (one.provenance.get("verified") or study.meta).get("chance") or {}
+    lost = {}
+    for task in one.weights:
+        kind, score, low, _ = score_of(one, task)
+        # with several weighted tasks, what full precision was measured to score is known of their mean alone
+        full = one.full.mean if one.full and len(one.weights) == 1 else one.candidate.predicted[task].full
+        chance = levels.get(task) or 0.0
+        by_chance = low <= chance < full
+        if by_chance or score - chance < NEXT_TO_NOTHING * (full - chance):
+            scores = f"{'scores' if kind == 'measured' else 'is predicted to score'} {score:.3f} on {task}"
+            near = "not clearly above chance" if by_chance else "hardly above chance" if chance else "next to nothing"
+            lost[task] = f"{scores}, {near}, where full precision scores {full:.3f}"
+    return lost
+
+
+def _choose_a_budget(study: Study, table: pd.DataFrame, budgets: bool) -> str:
+    """What to do in a study for which no plan was chosen yet."""
+    full = table.loc[table["native"], list(study.tasks)].mean()
+    if len(full) and (full <= 0).all():
+        return f"No plan can be chosen: full precision scores nothing on {' and '.join(study.tasks)}."
+    shown = " The table of budgets below shows what each would buy." if budgets else ""
+    return f"Choose a budget and ask for its plan: `sensitivity recommend {shell_word(study.path)} --bpw 4.0`.{shown}"
 
 
 def _advice(ranking: Ranking) -> str:
     """On which component to spend bits, and above which widths to stay where the score collapses."""
-    share = ranking.table["consensus"]
+    if doubt := _doubt(ranking):
+        return f"For {ranking.task}, it cannot be said yet on which part to spend bits: {doubt}."
     first, last = ranking.order[0], ranking.order[-1]
     cliffs = dict(robustness.cliffs(ranking.levels))
     kept = " and ".join(f"{name} above {bits} bits" for name, bits in cliffs.items())
-    ends = f"{first} {share.iloc[0]:.0f} % of the differences in score, {last} {share.iloc[-1]:.0f} %"
+    ends = ", ".join(_share(name, ranking.table.loc[name]) for name in dict.fromkeys((first, last)))
+    ends = f"shares of the differences in score: {ends}"
     if first in cliffs:
         return (
             f"For {ranking.task}, keep {kept}: from there down the score collapses, which makes most of the ranking "
             f"({ends}). For wider plans see the importance where plans are used."
         )
-    return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends})."
+    worst = robustness.decisive_level(ranking.levels)
+    but = (
+        f"; but without plans that have {worst['component']} at {robustness.width_in_words(worst['bits'])}, another "
+        "part comes first"
+        if worst is not None and worst["changes_first"]
+        else ""
+    )
+    return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends}){but}."
+
+
+def _doubt(ranking: Ranking) -> str:
+    """Why a ranking should not be trusted, or an empty string."""
+    if ranking.r2 < robustness.TRUSTED_R2:
+        return (
+            f"the forest behind the ranking, of {count(ranking.trials, 'trial')}, explains only "
+            f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen"
+        )
+    first = ranking.table.iloc[0]
+    if first.get("consensus.low", 1) <= 0:
+        return f"the share of the first, {_share(first.name, first)}, cannot be told from nothing"
+    return ""
+
+
+def _share(name: object, row: pd.Series) -> str:
+    """A component with its share of the differences in score, and the interval where it is known."""
+    interval = f" [{row['consensus.low']:.0f}, {row['consensus.high']:.0f}]" if "consensus.low" in row else ""
+    return f"{name} {row['consensus']:.0f} %{interval}"
 
 
 def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
@@ -144,19 +201,16 @@ def agreement(ranking: Ranking) -> str:
     ]  # fmt: skip
     if not pairs:
         return ""
-    tau, a, b = min(pairs)
+    tau, *two = min(pairs)
     if tau > 0.999:
         return "All estimators put the parts in the same order."
+    a, b = (TITLES.get(name, name) for name in two)
     return f"The estimators differ most between {a} and {b}: Kendall's tau of their orders is {tau:.2f} (1: the same)."
 
 
 def importance_alt(ranking: Ranking) -> str:
     """The text alternative of the importance figure."""
-    shares = ", ".join(
-        f"{name} {row['consensus']:.0f} %"
-        + (f" (between {row['consensus.low']:.0f} and {row['consensus.high']:.0f})" if "consensus.low" in row else "")
-        for name, row in ranking.table.iterrows()
-    )
+    shares = ", ".join(_share(name, row) for name, row in ranking.table.iterrows())
     return f"Bars of each component's share of the differences in {ranking.task}; consensus: {shares}."
 
 
@@ -166,17 +220,23 @@ PAIR_ALT = "Table in colors of the mean score for each combination of the widths
 WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of a point say the width of this part."
 
 
-def by_bits_alt(means: pd.DataFrame, task: str) -> str:
-    """The text alternative of the curves: down to which width each component keeps 90 % of its best score."""
+def by_bits_alt(means: pd.DataFrame, task: str, full: float | None) -> str:
+    """The text alternative of the curves: at which widths of each component the mean keeps 90 % of full precision."""
+    drawn = f"Lines of the mean {task} over the bits of each part, averaged over the others"
+    if full is None or full <= 0:
+        return f"{drawn}."
     parts = []
     for part, rows in means.groupby("part", sort=False):
-        curve = rows.set_index("bits")["mean"]
-        if curve.iloc[-1] > 0:
-            least = curve[curve >= 0.9 * curve.iloc[-1]].index.min()
-            parts.append(f"{part} keeps 90 % of the score down to {least:g} bits")
+        curve = rows.set_index("bits")["mean"].sort_index(ascending=False)
+        high = curve >= 0.9 * full
+        unbroken = curve.index[high.cummin()]
+        if len(unbroken) == high.sum() > 0:
+            parts.append(f"{part} down to {unbroken.min():g} bits")
+        elif high.any():
+            parts.append(f"{part} only at {' and '.join(f'{bits:g}' for bits in sorted(curve.index[high]))} bits")
         else:
-            parts.append(f"{part} leaves no score even at {curve.index[-1]:g} bits")
-    return f"Lines of the mean {task} over the bits of each part, averaged over the others: {'; '.join(parts)}."
+            parts.append(f"{part} at no width ({curve.max():.3g} at best)")
+    return f"{drawn}. Where they keep 90 % of full precision's {full:.3g}: {'; '.join(parts)}."
 
 
 def levels_alt(ranking: Ranking) -> str:

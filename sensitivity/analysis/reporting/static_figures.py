@@ -59,7 +59,7 @@ def figures_of_task(
     order = [name for name in (ranking.order if ranking else names) if name in names]
     drawn = [("pareto", "Score against size", sentences.PARETO_ALT, figures.pareto(table, task, full, chosen), table)]
     drawn += _of_ranking(ranking) if ranking else []
-    drawn += _by_bits(table, task, names) if names else []
+    drawn += _by_bits(table, task, names, full) if names else []
     drawn += _of_pairs(table, task, names, ranking) if ranking and len(ranking.pairs) else []
     if table["bpw"].notna().all():
         drawn += [
@@ -87,13 +87,13 @@ def _of_ranking(ranking: Ranking) -> list[Drawn]:
     return drawn
 
 
-def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str]) -> list[Drawn]:
+def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str], full: float | None) -> list[Drawn]:
     """Figures of the score over each component's width: as a mean over the others, and with the others native."""
     means = quantized(table).melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
     means = means.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
     drawn: list[Drawn] = []
     if means.groupby("part").size().max() > 1:
-        drawn.append(("by-bits", "Sensitivity to the width of each part", sentences.by_bits_alt(means, task),
+        drawn.append(("by-bits", "Sensitivity to the width of each part", sentences.by_bits_alt(means, task, full),
                       figures.by_bits(table, task, names), means))  # fmt: skip
     alone = pd.concat([single(table, names, name).assign(part=name) for name in names])
     if alone.groupby("part").size().max() > 2:
