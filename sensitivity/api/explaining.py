@@ -22,11 +22,11 @@ from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_o
 from sensitivity.measure.attribution.weight_errors import plan_changes
 from sensitivity.measure.calibrate.calibration import calibration_examples
 from sensitivity.measure.gradients.backward import Counted, in_rows_that_fit
-from sensitivity.measure.gradients.path_integral import TOLERANCE, PathIntegral, integrate_path
+from sensitivity.measure.gradients.path_integral import MAX_PASSES, TOLERANCE, PathIntegral, integrate_path
 from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.processors import square_seen
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import Notice, UserError
+from sensitivity.spec.errors import Notice, UserError, shell_word
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.study.examples.questions import tasks_of
@@ -35,6 +35,11 @@ from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
+
+KEY_LENGTH = 8  # characters of a plan's key in messages: enough to name the plan
+# of each number of a box: a plan makes some tokens likelier and others less so, and what is left of that is small
+NUMBER_TOLERANCE, NUMBER_PASSES = 0.05, 18
+MAX_NAMED = 6  # most plans that a message names
 
 
 class DrawnExamples(TypedDict):
@@ -91,6 +96,7 @@ class Explanation:
                 name: {
                     "moved": one.moved,
                     "change": one.integral.change * mean,
+                    "missing": one.integral.missing,
                     "components": {part: value * mean for part, value in one.blame.components.items()},
                     "modalities": {part: value * mean for part, value in one.blame.modalities.items()},
                 }
@@ -111,17 +117,35 @@ class Explanation:
 def trial_of(study: Study, wanted: str) -> Trial:
     """The measured trial that a number, a key or the beginning of a key names; it may be one of the verification."""
     trials = study.measured()
-    matching = [one for one in trials if one.key.startswith(wanted)] if len(wanted) >= 4 else []
-    matching = matching or [one for one in trials if str(one.number) == wanted]
-    if not matching and len(wanted) >= 4 and paths.is_study(fresh := paths.verification_folder(study.path)):
+    matching = [one for one in trials if str(one.number) == wanted]
+    matching = matching or [one for one in trials if one.key.startswith(wanted)]
+    if not matching and paths.is_study(fresh := paths.verification_folder(study.path)):
         matching = [one for one in Study(fresh).measured() if one.key.startswith(wanted)]
     if len({one.key for one in matching}) != 1:
-        names = ", ".join(f"{one.number} ({one.plan.describe()})" for one in trials[:4])
         why = "several plans have keys that begin with" if matching else "no plan of this study has the number or key"
-        raise UserError(f"{why} '{wanted}'; there are {len(trials)}, such as {names}")
+        raise UserError(f"{why} '{wanted}'; {_numbers_and_keys(study, matching or trials)}")
     if matching[0].plan.is_native:
         raise UserError("full precision has no damage to explain; choose a plan that quantizes something")
     return matching[0]
+
+
+def _numbers_and_keys(study: Study, trials: Sequence[Trial]) -> str:
+    """The plans that could be explained, by number and key: the first of many, and where the others are listed."""
+    plans = {one.key: one.number for one in trials if not one.plan.is_native}
+    named = ", ".join(f"{number} {key[:KEY_LENGTH]}" for key, number in list(plans.items())[:MAX_NAMED])
+    more = f" and {len(plans) - MAX_NAMED} more" if len(plans) > MAX_NAMED else ""
+    every = f"`sensitivity table {shell_word(study.path)} --out plans.csv` lists all"
+    return f"plans by number and key: {named}{more} ({every})"
+
+
+def tasks_to_explain(study: Study, asked: Sequence[str] = ()) -> list[str]:
+    """The names of tasks that a study measured: those asked for, or all; an error for others or without answers."""
+    names = list(asked) or list(study.meta["tasks"])
+    tasks = [find_task(name, n=1) for name in names]
+    if other := [name for name, task in zip(names, tasks, strict=True) if task.name not in study.tasks]:
+        raise UserError(f"{study.path} has not measured {other[0]}; choose from {', '.join(study.meta['tasks'])}")
+    check_scores_apply(tasks)
+    return names
 
 
 def explain_plan(
@@ -139,27 +163,27 @@ def explain_plan(
     whose scores the plan lowers most.
     """
     study.check_model(vlm.name, vlm.fingerprint)
-    names = list(tasks) or list(study.meta["tasks"])
-    check_scores_apply([find_task(name, n=1) for name in names])
+    names = tasks_to_explain(study, tasks)
     _, statistics = with_calibration(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"], cache_gb=cache_gb)
     changes = plan_changes(vlm.model, study.parts, plan, statistics)
     data = _failing_tasks(study, plan, names, n) if failures else calibration_examples(names, n, study.meta["seed"])
 
-    def integrated(counted: Counted | None = None) -> PathIntegral:
+    def integrated(name: str, tolerance: float, passes: int, counted: Counted | None = None) -> PathIntegral:
         return in_rows_that_fit(
             vlm,
             lambda rows: answer_batches(vlm, data, rows),
-            lambda again: integrate_path(vlm, study.parts, changes, again, counted=counted),
+            lambda again: integrate_path(vlm, study.parts, changes, again, tolerance, passes, counted, name),
         )
 
-    integral = integrated()
+    integral = integrated("loss of answers", TOLERANCE, MAX_PASSES)
     _check_precision(integral, vlm)
     ids = tuple(example.id for task in data for example in task.examples)
     boxes: dict[str, MovedNumber] = {}
     if writes_boxes(data):
         distances = distances_in(study, plan, names)
         for number, name in enumerate(NUMBERS):
-            of_number = integrated(partial(tokens_of, vlm, number))
+            counted = partial(tokens_of, vlm, number)
+            of_number = integrated(f"loss of '{name}' in boxes", NUMBER_TOLERANCE, NUMBER_PASSES, counted)
             divided = blame_of(study.parts, vlm.family, of_number)
             boxes[name] = MovedNumber(distances.get(name, math.nan), of_number, divided)
     split, seed = "evaluation" if failures else "calibration", study.meta["seed"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import answered
 import pytest
-from answered import HOSTILE, TWO
+import torch
+from answered import FOUR, HOSTILE, TWO
 from browser import browser
 
 from sensitivity.analysis.failures.changes import study_of
@@ -20,6 +21,7 @@ from sensitivity.api import explaining
 from sensitivity.cli.main import main
 from sensitivity.cli.output.tables import print_explanation
 from sensitivity.models.processors import square_seen
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -97,6 +99,12 @@ def test_what_an_earlier_version_stored_is_left_out(tmp_path: Path) -> None:
     assert explanations_of(study.path, TWO) == []
 
 
+def explanation(integral: object, blame: object, task: str) -> Any:
+    """What `print_explanation` reads, of one calibration example."""
+    facts = {"integral": integral, "blame": blame, "boxes": None, "data": [{"task": task}]}
+    return SimpleNamespace(plan=TWO, examples=[1], of_failures=False, **facts)
+
+
 @pytest.mark.parametrize(("language", "said"), [(-0.009, True), (0.001, False)])
 def test_shares_of_a_change_that_nearly_cancels_are_said_to_mean_little(
     language: float, said: bool, capsys: pytest.CaptureFixture[str]
@@ -104,11 +112,30 @@ def test_shares_of_a_change_that_nearly_cancels_are_said_to_mean_little(
     change = 0.01 + language
     integral = SimpleNamespace(change=change, before=0.1, after=0.1 + change, passes=2, missing=0.001)
     blame = SimpleNamespace(components={"vision": 0.01, "language": language}, modalities={}, regions={})
-    explained: Any = SimpleNamespace(
-        plan=TWO, examples=[1], of_failures=False, integral=integral, blame=blame, boxes=None
-    )
-    print_explanation(explained)
+    print_explanation(explanation(integral, blame, "vqa"))
     assert ("shares of so small a change say little" in capsys.readouterr().out) == said
+
+
+def test_a_loss_that_falls_is_not_said_to_rise_and_zeros_have_no_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    integral = SimpleNamespace(change=-0.1, before=0.3, after=0.2, passes=2, missing=0.001)
+    places = torch.tensor([[-0.06, 0.0], [0.0, -0.02]])
+    parts = {"vision": -0.1, "connector": 0.0}
+    blame = SimpleNamespace(components=parts, modalities={}, regions={0: places})
+    print_explanation(explanation(integral, blame, "caption"))
+    said = capsys.readouterr().out
+    assert "the loss of right answers falls from 0.3000 to 0.2000 on 1 calibration example of caption" in said
+    assert "rises" not in said
+    assert "-0.0" not in said
+    assert "in percent: 80.0 in all; the rest of vision is of tokens that are no patches" in said
+    assert said.index("row") < said.index("60.0")
+
+
+def test_a_plan_is_found_by_its_number_or_by_as_much_of_its_key_as_is_its_own(tmp_path: Path) -> None:
+    study = answered.study(tmp_path / "run", [task("vqa", n=4)], given, ["vqa"], n=4)
+    for wanted in ("2", TWO.key[:2], TWO.key):
+        assert explaining.trial_of(study, wanted).key == TWO.key
+    with pytest.raises(UserError, match=rf"key 'zz'; plans by number and key: 1 {FOUR.key[:8]}, 2 {TWO.key[:8]}"):
+        explaining.trial_of(study, "zz")
 
 
 def test_only_failures_of_the_requested_tasks_are_explained(tmp_path: Path) -> None:

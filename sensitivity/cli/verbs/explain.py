@@ -10,13 +10,15 @@ from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import print_attributions, print_explanation
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 
 ABOUT = "score every component from a few backward passes; or say where the damage of a measured plan comes from"
 EXAMPLE = "sensitivity explain embedded:scenes-llava --task vqa --bits 2,3,4 --out runs/why"
 # flags that have an effect only with a model
 MODEL_FLAGS = ("--bits", "--method", "--group", "--symmetric", "--biases", "--set", "--backend", "--by", "--scores",
             "--check", "--out", "--path", "--calibration")  # fmt: skip
+
+MODEL_FILES = ("config.json", "adapter_config.json")  # a folder with one of these holds a model
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -73,8 +75,18 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Score the components of a model, or explain a plan of a study."""
     from sensitivity.study.storage.paths import is_study
+    from sensitivity.study.study import Study
 
-    return _plan(args) if is_study(Path(args.source).expanduser()) else _components(args)
+    folder = Path(args.source).expanduser()
+    if is_study(folder):
+        return _plan(args)
+    embedded_or_adapter = args.source.startswith("embedded:") or "@" in args.source
+    model = embedded_or_adapter or any((folder / name).exists() for name in MODEL_FILES)
+    if not (model or args.plan is args.failures is None):
+        Study(folder)  # raises the error that there is none
+    if folder.is_dir() and not model:
+        raise UserError(f"{args.source} is neither a study nor a model: it has no trials, and no config.json")
+    return _components(args)
 
 
 def _components(args: argparse.Namespace) -> dict[str, object]:
@@ -118,12 +130,13 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
 def _plan(args: argparse.Namespace) -> dict[str, object]:
     """Explain a measured plan."""
     from sensitivity.analysis.failures.changes import study_of
-    from sensitivity.api.explaining import explain_plan, save_explanation, trial_of
+    from sensitivity.api.explaining import explain_plan, save_explanation, tasks_to_explain, trial_of
     from sensitivity.models.loading import device_of, dtype_of, load
     from sensitivity.study.study import Study
 
     if args.plan is None:
-        raise UserError("still needed: --plan, the number or key of a plan; `sensitivity sweep --json` lists them")
+        every = f"`sensitivity table {shell_word(args.source)} --out plans.csv` lists them"
+        raise UserError(f"still needed: --plan, the number or key of a plan; {every}")
     flags.without_effect(args, MODEL_FLAGS, "with a study, of which one plan is explained")
     if args.failures is not None:
         flags.without_effect(
@@ -135,7 +148,7 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     trial = trial_of(study, args.plan)
     if "fingerprint" not in study.meta:
         raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans with")
-    tasks = args.task if "task" in getattr(args, "given", ()) else ()
+    tasks = tasks_to_explain(study, args.task if "task" in getattr(args, "given", ()) else ())
     vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
     n, failures = args.failures or args.calibration_n, args.failures is not None
     measured_in = study_of(study, trial.plan) if failures else study
