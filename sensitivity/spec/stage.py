@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -34,7 +34,9 @@ class Stage:
 _running: list[Stage] = []
 
 
-def each(items: Iterable[T], name: str, noun: str, total: int, size: Callable[[T], int] = lambda _: 1) -> Iterator[T]:
+def each(
+    items: Iterable[T], name: str, noun: str, total: int, size: Callable[[T], int] = lambda _: 1
+) -> Generator[T, None, None]:
     """Yield the items and count those that are done, for `now` to show; an item counts as `size(item)`."""
     stage = Stage(name, noun, total)
     _running.append(stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.spec import stage
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -138,6 +140,22 @@ def test_the_terms_sum_to_the_whole_change(given: Calibrated, bits: int) -> None
     by_token = sum(float(values.sum()) for values in told.prompts.values())
     assert by_token == pytest.approx(told.modalities["prompt"])
     assert {len(values) for values in told.prompts.values()} == {len(ids) for ids in found.prompts.values()}
+
+
+def test_passes_are_bounded_and_shown_as_they_go(given: Calibrated) -> None:
+    seen: list[str] = []
+
+    def watched() -> Iterable[TokenBatch]:
+        seen.append(stage.now())
+        return given.data(4)
+
+    changes = plan_changes(given.vlm.model, given.parts, Plan.uniform(given.parts, given.schemes[0]), given.statistics)
+    found = integrate_path(given.vlm, given.parts, changes, watched, 0.0, 6, name="loss of x")
+    assert found.passes == 6
+    shown = [line for line in seen if "of 6 backward passes at most" in line]
+    assert shown[0] == "loss of x: 0 of 6 backward passes at most"
+    assert "loss of x: 5 of 6 backward passes at most" in shown[-1]
+    assert stage.now() == ""
 
 
 def test_too_few_steps_are_not_enough_at_two_bits(given: Calibrated) -> None:

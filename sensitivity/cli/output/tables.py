@@ -212,23 +212,38 @@ def print_explanation(explained: Explanation) -> None:
     which = (
         f"{counted(count, 'answer')} that got worse" if explained.of_failures else counted(count, "calibration example")
     )
+    tasks = ", ".join(source["task"] for source in explained.data)
+    moves = "rises" if change > 0 else "falls" if change < 0 else "stays"
     print(
-        f"  the loss of right answers rises from {facts.before / count:.4f} to {facts.after / count:.4f} on "
-        f"{which} ({facts.passes} backward passes; the shares below miss {facts.missing:.1%} of that rise)"
+        f"  the loss of right answers {moves} from {facts.before / count:.4f} to {facts.after / count:.4f} on "
+        f"{which} of {tasks} ({facts.passes} backward passes; the shares below miss {facts.missing:.1%} of that change)"
     )
     if sum(map(abs, explained.blame.components.values())) > CANCEL * abs(change):
         print("  components raise and lower it by far more than it changes: shares of so small a change say little")
     for title, shares in (("component", explained.blame.components), ("modality", explained.blame.modalities)):
-        rows = [(name, f"{100 * value / change if change else 0:.1f}") for name, value in shares.items()]
-        print_table(f"Share of the damage by {title}, in percent", (title, "share"), rows)
+        rows = [(name, _percent(value, change)) for name, value in shares.items()]
+        print_table(f"Share of that change by {title}, in percent", (title, "share"), rows)
     if explained.boxes:
         _boxes(explained)
     if explained.blame.regions:
         grids = list(explained.blame.regions.values())
         mean = sum(grids[1:], start=grids[0]) if len({grid.shape for grid in grids}) == 1 else None
         if mean is not None:
-            places = [[f"{100 * float(value) / change if change else 0:.1f}" for value in row] for row in mean]
-            print_table("Share by place in the image, in percent", [""] * len(mean), places)
+            places = [
+                (str(number), *(_percent(float(value), change) for value in row))
+                for number, row in enumerate(mean, start=1)
+            ]
+            print_table(
+                "Share by place in the image (row and column of patches), in percent: "
+                f"{_percent(float(mean.sum()), change)} in all; the rest of vision is of tokens that are no patches",
+                ("row", *(str(column) for column in range(1, mean.shape[1] + 1))),
+                places,
+            )
+
+
+def _percent(part: float, whole: float) -> str:
+    """A share in percent, without a minus before a zero."""
+    return f"{100 * part / whole if whole else 0:z.1f}"
 
 
 def _boxes(explained: Explanation) -> None:
@@ -237,16 +252,17 @@ def _boxes(explained: Explanation) -> None:
     rows = [
         (
             name,
-            f"{one.moved:.2f}",
-            f"{one.integral.change / len(explained.examples):.4f}",
-            *(f"{100 * one.blame.components[part] / (one.integral.change or 1):.1f}" for part in names),
+            f"{one.moved:.2f}" if one.moved == one.moved else "–",  # NaN where no answer is a box
+            f"{one.integral.change / len(explained.examples):z.4f}",
+            f"{100 * one.integral.missing:.1f}",
+            *(_percent(one.blame.components[part], one.integral.change) for part in names),
         )
         for name, one in explained.boxes.items()
     ]
     print_table(
-        "Boxes: how far each number moves from full precision's, how much the loss of its tokens rises, and each "
-        "component's share in that, in percent",
-        ("number", "moved", "loss", *names),
+        "Boxes: how far each number moves from full precision's, how much the loss of its tokens rises, and in "
+        "percent of that what the shares miss and each component's share",
+        ("number", "moved", "loss", "missing", *names),
         rows,
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,12 @@ from sensitivity.measure.gradients.backward import Counted, answer_loss, backwar
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap, Weight
+from sensitivity.spec.stage import each
 
 TOLERANCE = 0.01  # the most by which the sum of the terms may miss the whole change of the loss, as a share of it
 MIN_SHARE = 1e-6  # of the loss itself: a smaller difference is float32 rounding
-MAX_PASSES = 128  # backward passes over the data; after these, what the terms still miss is reported
+# backward passes over the data: 2 for the whole path, 4 for each halving; what the terms then still miss is reported
+MAX_PASSES = 130
 NODES = ((0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5))  # two-point Gauss-Legendre rule on [0, 1]
 
 MakeBatches = Callable[[], Iterable[TokenBatch]]  # called once for every pass
@@ -69,25 +72,27 @@ def integrate_path(
     tolerance: float = TOLERANCE,
     max_passes: int = MAX_PASSES,
     counted: Counted | None = None,
+    name: str = "loss of answers",
 ) -> PathIntegral:
     """The integral of the loss gradient times the change of each layer's output, from float weights to quantized ones.
 
     All weights move together on straight lines: W + t * change, t from 0 to 1 (the Aumann-Shapley value). Since the
     loss is known at every t, so is the error of every piece of the path: the worst piece is halved until what all
     pieces miss is at most `tolerance` of the whole change. `changes` is by parameter; `counted` chooses the tokens of
-    answers whose loss counts.
+    answers whose loss counts, and `name` is what progress lines call it.
     """
-    path = _Path(vlm, parts, changes, data, counted)
-    before, after = path.loss(0.0), path.loss(1.0)
-    pieces = [path.piece(0.0, 1.0)]
-    while path.passes < max_passes:
-        missing = sum(abs(piece.missing) for piece in pieces)
-        if missing <= max(tolerance * abs(after - before), MIN_SHARE * abs(before)):
-            break
-        worst = max(pieces, key=lambda piece: abs(piece.missing))
-        middle = (worst.begin + worst.end) / 2
-        pieces.remove(worst)
-        pieces += [path.piece(worst.begin, middle), path.piece(middle, worst.end)]
+    with closing(each(count(), name, "backward passes at most", max_passes)) as passes:
+        path = _Path(vlm, parts, changes, data, counted, passes)
+        before, after = path.loss(0.0), path.loss(1.0)
+        pieces = [path.piece(0.0, 1.0)]
+        while path.passes < max_passes:
+            missing = sum(abs(piece.missing) for piece in pieces)
+            if missing <= max(tolerance * abs(after - before), MIN_SHARE * abs(before)):
+                break
+            worst = max(pieces, key=lambda piece: abs(piece.missing))
+            middle = (worst.begin + worst.end) / 2
+            pieces.remove(worst)
+            pieces += [path.piece(worst.begin, middle), path.piece(middle, worst.end)]
     terms: Terms = {}
     for piece in sorted(pieces, key=lambda piece: piece.begin):
         _add(terms, piece.terms, 1.0)
@@ -98,13 +103,19 @@ class _Path:
     """The model at points between its own weights and the quantized ones, and the losses that were computed there."""
 
     def __init__(
-        self, vlm: VLM, parts: ComponentMap, changes: Mapping[str, Tensor], data: MakeBatches, counted: Counted | None
+        self,
+        vlm: VLM,
+        parts: ComponentMap,
+        changes: Mapping[str, Tensor],
+        data: MakeBatches,
+        counted: Counted | None,
+        passes: Iterator[int],
     ) -> None:
         self.vlm, self.changes, self.data, self.counted = vlm, changes, data, counted
         # also those that do not change: then every block runs again in the backward pass, and no activations are kept
         self.weights = [weight for weight in parts.weights if not weight.is_embedding]
         self.component = {weight.name: c.name for c in parts.components for weight in c.weights}
-        self.passes = 0
+        self.counting, self.passes = passes, 0  # the first shows progress, the second is how many were run
         self.losses: dict[float, float] = {}
         self.modalities: dict[Place, Tensor | None] = {}
         self.prompts: dict[int, list[int]] = {}
@@ -127,7 +138,7 @@ class _Path:
     def gradients(self, t: float) -> Terms:
         """By how much each token of each component moves the loss as t grows."""
         terms: Terms = {}
-        self.passes += 1
+        self.passes = next(self.counting) + 1
         with moved(self.vlm.model, self.changes, t):
             for batch in self.data():
                 self._add_batch(terms, batch)
