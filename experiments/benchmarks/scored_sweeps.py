@@ -104,6 +104,18 @@ def summary(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def page(table: pd.DataFrame) -> str:
+    return (
+        "# Sweeps that start from a score\n\n"
+        "`python -m experiments.benchmarks.scored_sweeps` (models, tasks, seeds and plans as in the table): by\n"
+        "group.kind, gptq at 2, 3, 4, 6, 8 bits, `--search frontier` and `recommend` at seven budgets, on 300\n"
+        "examples. Differences to what a sweep of 60 plans without scores chose are of scores on 1,000 examples that\n"
+        "no chooser saw; ± is a standard error over examples. `swing`: as with `--scores swing`; `shuffled`: the same\n"
+        "damages, each of another component.\n\n"
+        f"{summary(table)}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="scenes-llava-heavy")
@@ -125,16 +137,7 @@ def main() -> None:
                 table = pd.concat([table, more], ignore_index=True)
                 overwrite(TABLE, table.to_csv(index=False))
                 print(more.drop(columns="plan").to_string(), flush=True)
-    overwrite(
-        TABLE.with_suffix(".md"),
-        "# Sweeps that start from a score\n\n"
-        "`python -m experiments.benchmarks.scored_sweeps` (models, tasks, seeds and plans as in the table): by\n"
-        "group.kind, gptq at 2, 3, 4, 6, 8 bits, `--search frontier` and `recommend` at seven budgets, on 300\n"
-        "examples. Differences to what a sweep of 60 plans without scores chose are of scores on 1,000 examples that\n"
-        "no chooser saw; ± is a standard error over examples. `swing`: as with `--scores swing`; `shuffled`: the same\n"
-        "damages, each of another component.\n\n"
-        f"{summary(table)}\n",
-    )
+    overwrite(TABLE.with_suffix(".md"), page(table))
 
 
 if __name__ == "__main__":
