@@ -7,6 +7,7 @@ import json
 import re
 import time
 from base64 import b64decode
+from dataclasses import replace
 from pathlib import Path
 
 import answered
@@ -19,7 +20,7 @@ from browser import browser
 from PIL import Image
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.recommendation import judge
+from sensitivity.analysis.allocate.recommendation import judge, unmeasured
 from sensitivity.analysis.failures import pictures
 from sensitivity.analysis.failures.changes import changed_answers, study_of
 from sensitivity.analysis.failures.gallery import galleries
@@ -30,6 +31,7 @@ from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.examples import questions
+from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Example
 from sensitivity.tasks.table import task
@@ -213,6 +215,15 @@ def test_a_filter_shows_the_questions_of_one_kind(study: Study, tmp_path: Path) 
             "const s = document.querySelector('select'); s.value = 'count'; s.dispatchEvent(new Event('change'))"
         )
         assert set(window.run(seen)) == {"count"}
+
+
+def test_a_report_says_on_which_examples_a_plan_was_run(tmp_path: Path) -> None:
+    made = answered.study(tmp_path / "run", [task("ground", n=8)], given, ["ground"], n=8, plans=[NATIVE, FOUR, TWO])
+    chosen = replace(unmeasured(made, solve(made, bpw=15.0)), plan=FOUR)
+    assert [one.title for one in failing(made, [chosen])[0]] == ["The recommended plan, on the study's examples"]
+    verified = paths.verification_folder(made.path)
+    answered.study(verified, [task("ground", n=8)], given, ["ground"], n=8, plans=[NATIVE, FOUR])
+    assert [one.title for one in failing(made, [chosen])[0]] == ["The recommended plan, on fresh examples"]
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])

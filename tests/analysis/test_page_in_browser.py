@@ -82,6 +82,22 @@ def test_nothing_sticks_out_and_tables_scroll_inside_their_box(name: str, made: 
     assert scrolled > 0
 
 
+def test_the_report_is_legible_on_a_phone_and_uses_the_room_of_a_desk(made: dict[str, Path], window: Page) -> None:
+    height = "return [...document.querySelectorAll(arguments[0])].map(one => one.getBoundingClientRect().height)"
+    overlap = """const boxes = [...document.querySelectorAll('.plot')].map(plot =>
+        [...plot.querySelectorAll('text[text-anchor=middle]')].map(one => one.getBoundingClientRect()));
+    return boxes.map(ticks => ticks.pop().top - Math.max(...ticks.map(box => box.bottom)))"""
+    window.open(made["report"])
+    seen_as(window, "screen")
+    at(window, 390)
+    assert min(window.run(height, "figure .scroll svg text")) > 9
+    assert max(window.run(height, "#budgets tbody tr")) < 100
+    assert min(window.run(overlap)) > 4, "the ticks do not touch the label of their axis"
+    at(window, 1280)
+    hidden = "return [...document.querySelectorAll('#frontier .scroll')].map(box => box.scrollWidth - box.clientWidth)"
+    assert max(window.run(hidden)) <= 1, "no column is behind a scroll"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_printed_is_all_there_and_has_no_controls(name: str, made: dict[str, Path], window: Page) -> None:
     window.open(made[name])

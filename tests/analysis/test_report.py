@@ -55,6 +55,8 @@ def test_it_says_what_to_do_how_sure_and_what_would_change_it(page: Path, study:
     assert f"Use the plan {recommended(study).plan.describe()}" in text
     assert "It was run on fresh examples and scored 0.9" in text
     assert "What each budget buys" in text
+    assert "Recommended plans stand where fresh examples put them" in text
+    assert 'class="bar of-star"' in text
 
 
 def test_it_reads_in_order_and_has_a_list_of_contents(page: Path) -> None:

@@ -13,7 +13,7 @@ from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.reporting import figures
 from sensitivity.analysis.reporting.table_rows import frontier_rows
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 62
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 480, 66, 16, 16, 78
 MANY_POINTS = 400  # with more points, they are small, and only the frontier and uniform plans have intervals
 Scale = Callable[[float], float]
 
@@ -56,6 +56,7 @@ def pareto(
         "points": points,
         "line": [(p["x"], p["y"]) for p in sorted((p for p in points if p["best"]), key=lambda p: p["x"])],
         "stars": [_star(one, task, across, up) for one in shown],
+        "fresh": any(one.fresh and task in one.by_task for one in shown),
         "full": None if full is None else up(full),
         "task": task,
         "xticks": [

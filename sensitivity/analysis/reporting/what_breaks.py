@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.gallery import FailureGallery, galleries
+from sensitivity.analysis.reporting.sentences import what_is_lost
 from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
@@ -17,32 +18,32 @@ MAX_PICTURES = 60  # on a page
 
 def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[list[FailureGallery], list[str]]:
     """Galleries of the compared plans whose answers are known; without any, a sentence that says why."""
-    plans = _plans(recommendations)
+    plans = _plans(study, recommendations)
     if not plans:
         return [], [
             f"What a plan breaks is shown for recommended plans here, and for any other by `sensitivity failures "
             f"{shell_word(study.path)} --plan KEY`; the table above has the keys of the plans on the frontier."
         ]
-    measured = [(title, plan) for title, plan in plans if _has_answers(study, plan)]
+    measured = [(f"{title}, {where}", plan) for title, plan in plans if (where := _where_answered(study, plan))]
     if measured:
         return galleries(study, measured, MAX_PICTURES // len(plans)), []
     return [], ["The answers of these plans are not known: they were predicted and not run, or imported as a table."]
 
 
-def _has_answers(study: Study, plan: Plan) -> bool:
-    """Whether the study, or its verification, has the answers of a plan."""
+def _where_answered(study: Study, plan: Plan) -> str:
+    """On which examples the answers of a plan are known: the study's, or those of its verification; else empty."""
     with contextlib.suppress(UserError):
-        study_of(study, plan)
-        return True
-    return False
+        return "on the study's examples" if study_of(study, plan) is study else "on fresh examples"
+    return ""
 
 
-def _plans(recommendations: Sequence[Recommendation]) -> list[tuple[str, Plan]]:
+def _plans(study: Study, recommendations: Sequence[Recommendation]) -> list[tuple[str, Plan]]:
     """The first budget's recommended plan, the best other candidate, and the best uniform plan, each once."""
     if not recommendations:
         return []
     first = recommendations[0]
-    plans = [("The recommended plan", first.plan)]
+    title = "The best plan, which is of no use" if what_is_lost(study, first) else "The recommended plan"
+    plans = [(title, first.plan)]
     if first.others:
         plans.append(("The runner-up", max(first.others, key=lambda other: other.score.mean).other))
     if first.uniform is not None:
