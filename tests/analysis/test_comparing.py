@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import answered
@@ -17,6 +18,7 @@ from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare_sides
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Example, Task, exact
 from sensitivity.tasks.table import task
@@ -56,6 +58,13 @@ def test_studies_are_paired_on_the_examples_that_both_have_seen(pair: tuple[Stud
     full = found.rows[0].paired
     assert full.difference.mean == 0
     assert full.words.startswith("No difference is shown")
+
+
+def test_how_many_examples_each_mean_and_the_difference_are_of_is_shown(
+    pair: tuple[Study, Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(pair[0].path), str(pair[1].path)]) == 0
+    assert "200/100/100" in capsys.readouterr().out
 
 
 def test_sizes_that_are_counted_differently_are_said(pair: tuple[Study, Study], tmp_path: Path) -> None:
@@ -162,6 +171,10 @@ def test_what_cannot_be_compared_is_said(pair: tuple[Study, Study], tmp_path: Pa
         side("gone:abc")
     with pytest.raises(UserError, match="has no measured plan abc"):
         side(f"{pair[0].path}:abc")
+    verified = answered.study(tmp_path / "verified", [task("vqa", n=4)], worse(4), ["vqa"], n=4)
+    answered.study(paths.verification_folder(verified.path), [task("vqa", n=4)], worse(4), ["vqa"], n=4)
+    with pytest.raises(UserError, match=f"^{re.escape(str(verified.path))} has no measured plan abc"):
+        side(f"{verified.path}:abc")  # who named a study is not told of the one in its folder
     table = planted.study(tmp_path / "table", {"vqa": planted.product}, levels=(4, 16))
     with pytest.raises(UserError, match="hold no answers that could be compared"):
         compare_sides(side(str(table.path)), side(str(pair[0].path)))

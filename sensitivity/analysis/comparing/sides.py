@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,12 @@ def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
     try:
         return study, study.plan_named(key)
     except UserError:
-        if not paths.is_study(fresh):
-            raise
-    verified = Study(fresh)
-    return verified, verified.plan_named(key)
+        # where neither has it, the error is that of the study which was named
+        if paths.is_study(fresh):
+            with contextlib.suppress(UserError):
+                verified = Study(fresh)
+                return verified, verified.plan_named(key)
+        raise
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 ABOUT = "compare two studies, or two plans by STUDY:KEY, paired where they have seen the same examples"
 EXAMPLE = "sensitivity compare runs/first runs/second"
+HEADS = (
+    "what", "task", "A", "B", "n of A/B/both", "difference", "right → wrong", "wrong → right", "A's plan", "B's plan",
+)  # fmt: skip
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -53,8 +56,8 @@ def _show(comparison: Versus) -> None:
     for note in comparison.notes:
         print(f"note: {note}")
     print_table(
-        f"A: {comparison.a}; B: {comparison.b} (B minus A, with 95 % intervals)",
-        ("what", "task", "A", "B", "difference", "right → wrong", "wrong → right", "A's plan", "B's plan"),
+        f"A: {comparison.a}; B: {comparison.b} (B minus A on the examples that both have seen, with 95 % intervals)",
+        HEADS,
         [_cells(row) for row in comparison.shown],
     )
     for line in comparison.words:
@@ -70,6 +73,7 @@ def _cells(row: Row) -> tuple[object, ...]:
         one.task,
         f"{one.a.mean:.3f} at {row.a_bpw:.2f}",
         f"{one.b.mean:.3f} at {row.b_bpw:.2f}",
+        f"{one.a.n}/{one.b.n}/{one.shared}",
         f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{unpaired}",
         *changes,
         row.a.describe(),
