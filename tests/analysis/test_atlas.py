@@ -187,6 +187,35 @@ def test_the_order_does_not_matter_and_again_replaces(tmp_path: Path) -> None:
     assert len(read(files[0])) == 3
 
 
+def test_full_precision_is_shown_as_it_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The surrogate's curve begins elsewhere: it passes between all scores."""
+    study = planted_study(tmp_path / "s", 0, noise=0.05)
+    native = next(trial.scores["a"]["mean"] for trial in study.measured() if trial.plan.is_native)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["atlas", "add", "s"]) == 0
+    assert f" {native:.3f}\n" in capsys.readouterr().out
+    (entry,) = read(Path("runs/atlas.parquet"))
+    assert entry.full == pytest.approx(native)
+
+
+def test_a_model_that_was_measured_is_said_to_be_one_of_them(
+    tmp_path: Path, atlas: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = planted_study(tmp_path / "own", 3, model="embedded:scenes-llava")
+    add_to_atlas(study, atlas)
+    line = f"atlas predict embedded:scenes-llava --by part --method rtn --atlas {atlas} --bpw 13"
+    assert cli.main(line.split()) == 0
+    said = capsys.readouterr().out
+    assert "predicted from 3 models (embedded:scenes-llava, m0, m1; a); one of them is this model itself" in said
+    assert "nothing of it was measured" not in said
+    (alone,) = add_to_atlas(study, tmp_path / "alone.parquet")
+    found = predict_frontier(study.parts, SCHEMES, tmp_path / "alone.parquet", bpw=13)
+    assert found.measured
+    assert found.models == (alone.about["model"],)
+
+
 def test_one_model_says_nothing_about_how_far_models_differ(tmp_path: Path) -> None:
     study = planted_study(tmp_path / "s", 0)
     add_to_atlas(study, tmp_path / "a.parquet")
@@ -345,7 +374,16 @@ def test_the_command_line_adds_and_predicts(
     assert cli.main(line.split()) == 0
     said = capsys.readouterr().out
     assert "predicted from 2 models (m0, m1; a); nothing of it was measured" in said
-    assert "would halve these intervals: sensitivity sweep embedded:scenes-llava --search frontier --prior" in said
+    command = said.rpartition("would halve these intervals: ")[2].split()
+    asked = cli.parser_of(cli.VERBS).parse_args(command[1:])
+    assert (asked.model, asked.by, asked.method, asked.bits) == (
+        "embedded:scenes-llava",
+        "part",
+        ("rtn",),
+        (2, 3, 4, 6, 8),
+    )
+    assert (asked.prior, asked.task, str(asked.out)) == ((atlas,), ("a",), "runs/scenes-llava-frontier")
+    assert f"measuring {asked.trials - 1} plan" in said
 
 
 def test_losses_and_shares_are_inverse() -> None:

@@ -40,7 +40,7 @@ class Entry:
     about: About
     parameters: int
     plans: int
-    full: float
+    full: float  # the score of full precision, as it was measured
     floor: float  # the score of a ruined model
     power: float
     noise: float | None  # standard deviation of one score
@@ -74,7 +74,7 @@ def entries_of(study: Study) -> list[Entry]:
 
 
 def _entry(study: Study, task: str) -> Entry:
-    """The entry for a task, from the surrogate of the study."""
+    """The entry for a task, from the surrogate of the study; its shares are of what the surrogate has at no damage."""
     observations = observations_of(study, check_task(study, task))
     model = additive_surrogate(study, task)
     full, floor = float(model.theta[0]), float(model.theta[1])
@@ -96,7 +96,7 @@ def _entry(study: Study, task: str) -> Entry:
         about,
         study.parts.numel,
         len(set(observations.keys)),
-        full,
+        observations.full,
         min(floor / full, 0.99),
         model.power,
         None if observations.noise is None else observations.noise / full,

@@ -60,10 +60,11 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class PredictedFrontier:
-    """What an atlas says of a model of which nothing was measured."""
+    """What an atlas says of a model, most often one of which nothing was measured."""
 
     points: tuple[FrontierPoint, ...]
     models: tuple[str, ...]  # of the studies that were used
+    measured: bool  # whether the model itself is among them, by its name
     studies: int
     tasks: tuple[str, ...]
     trust: float  # how far relative errors of the new model counted; 0 means not at all
@@ -72,7 +73,7 @@ class PredictedFrontier:
 
     def to_json(self) -> dict[str, object]:
         """The prediction as JSON values."""
-        own = {name: getattr(self, name) for name in ("studies", "trust", "halved_by", "examples")}
+        own = {name: getattr(self, name) for name in ("studies", "measured", "trust", "halved_by", "examples")}
         lists = {"models": list(self.models), "tasks": list(self.tasks)}
         return {**lists, **own, "frontier": [one.to_json() for one in self.points]}
 
@@ -115,10 +116,12 @@ def predict_frontier(
         FrontierPoint(one, plan, size(parts, plan), share_of(y), share_of(y + half), share_of(y - half))
         for one, plan, y, half in zip(limits, plans, losses, half_widths, strict=True)
     )
+    names = tuple(model.name for model in models)
     examples = [entry.about["n"] for entry in entries if entry.about["n"]]
     return PredictedFrontier(
         points,
-        tuple(model.name for model in models),
+        names,
+        Path(parts.model).name in names,
         len(entries),
         tuple(dict.fromkeys(entry.about["task"] for entry in entries)),
         trust,

@@ -106,9 +106,12 @@ def _predict(args: argparse.Namespace) -> dict[str, object]:
 def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
     """Print the frontier, and what would make it surer."""
     one = len(found.models) == 1
+    known = "nothing of it was measured"
+    if found.measured:
+        known = f"{'it' if one else 'one of them'} is this model itself"
     print_table(
         f"{args.source}, predicted from {'one model' if one else f'{len(found.models)} models'} "
-        f"({', '.join(found.models)}; {', '.join(found.tasks)}); nothing of it was measured",
+        f"({', '.join(found.models)}; {', '.join(found.tasks)}); {known}",
         ("budget", "bpw", "size", "share of full precision", "95 % interval", "plan"),
         [
             (f"{p.bpw:.2f}", f"{p.size.bpw:.2f}", bytes_in_words(p.size.bytes), f"{p.share:.3f}",
@@ -116,6 +119,8 @@ def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
             for p in found.points
         ],
     )  # fmt: skip
+    if found.measured and not one:
+        print("the intervals are those of a new model; `sensitivity recommend` knows more from its own study")
     if args.attributions is not None:
         counted = f"count to the power of {found.trust:g}" if found.trust else "do not count"
         print(f"relative errors {counted}, as that predicts each of the atlas's models best from the others")
@@ -124,5 +129,19 @@ def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
     elif found.halved_by is not None:
         on = f" on {found.examples:,} examples each" if found.examples else ""
         plans = "plan" if found.halved_by == 1 else "plans"
-        again = f"sensitivity sweep {shell_word(args.source)} --search frontier --prior {shell_word(args.atlas)}"
-        print(f"measuring {found.halved_by} {plans}{on} would halve these intervals: {again}")
+        print(f"measuring {found.halved_by} {plans}{on} would halve these intervals: {_sweep(args, found)}")
+
+
+def _sweep(args: argparse.Namespace, found: PredictedFrontier) -> str:
+    """The command that measures as many plans as would halve the intervals, beside full precision."""
+    from sensitivity.tasks.table import DATASETS, RETRIEVAL_DATASETS
+
+    assert found.halved_by is not None, "whoever asks knows how many plans"
+    name = Path(args.source).name.rpartition(":")[2]
+    words = ["sensitivity", "sweep", args.source, "--by", args.by, "--method", args.method]
+    words += ["--bits", ",".join(map(str, args.bits)), "--search", "frontier", "--prior", args.atlas]
+    task = args.task or found.tasks[0]
+    in_folder = task in (*DATASETS, *RETRIEVAL_DATASETS)  # an atlas does not know where it lies
+    words += ["--task", f"{task}:FOLDER" if in_folder else task]
+    words += ["--trials", found.halved_by + 1, *(["--n", found.examples] if found.examples else [])]
+    return " ".join(map(shell_word, [*words, "--out", f"runs/{name}-frontier"]))
