@@ -32,8 +32,11 @@ def check_scores_apply(tasks: Sequence[Task], names: Sequence[str] = WITH_ANSWER
         )
 
 
-def agreements(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, ScoreAgreement | None]:
-    """How well each score predicts the measured plans of the study in a folder; empty if the folder holds no study."""
+def agreements(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, ScoreAgreement | str]:
+    """How well each score predicts the measured plans of the study in a folder; empty if the folder holds no study.
+
+    Where that is not known, a sentence says why.
+    """
     if not paths.is_study(out):
         return {}
     study = Study(out)
@@ -56,7 +59,7 @@ def check_writable(out: Path) -> None:
 def attributions_json(
     model: str,
     scores: Sequence[Attribution],
-    measured: Mapping[str, ScoreAgreement | None],
+    measured: Mapping[str, ScoreAgreement | str],
     checks: Checks | None = None,
 ) -> dict[str, object]:
     """Attributions as JSON values: for each score its cost, its agreement with measured plans, and its values."""
@@ -69,7 +72,7 @@ def attributions_json(
                 "cpu_seconds": one.seconds,
                 "passes": one.seconds / checks.pass_seconds if checks else None,
                 "check": checks.by_score[one.name].to_json() if checks and checks.by_score else None,
-                "measured": found.to_json() if (found := measured.get(one.name)) else None,
+                "measured": found.to_json() if isinstance(found := measured.get(one.name), ScoreAgreement) else None,
                 "values": [
                     {"component": name, "scheme": scheme.to_json(), "score": value}
                     for name, row in one.scores.items()

@@ -15,8 +15,11 @@ from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
-from sensitivity.analysis.surrogate.score_agreement import agreement_of_scores
+from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, agreement_of_scores
 from sensitivity.analysis.surrogate.space import Space
+from sensitivity.cli.output.tables import print_attributions
+from sensitivity.measure.attribution.checks import Check, Checks
+from sensitivity.measure.attribution.scores import Attribution
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by
@@ -159,14 +162,36 @@ def test_the_best_reading_is_drawn_towards_the_surrogate(tmp_path: Path) -> None
 def test_scores_that_are_the_truth_foretell_every_plan(tmp_path: Path) -> None:
     made, truth = study(tmp_path / "s", 0.0, 40)
     found = agreement_of_scores(made, truth)
-    assert found is not None
+    assert isinstance(found, ScoreAgreement)
     assert found.rank_correlation == pytest.approx(1.0)
     assert found.plans == 39
     wrong = agreement_of_scores(made, {name: {s: -v for s, v in row.items()} for name, row in truth.items()})
-    assert wrong is not None
+    assert isinstance(wrong, ScoreAgreement)
     assert wrong.rank_correlation == pytest.approx(-1.0)
     assert wrong.error > 5 * found.error
-    assert agreement_of_scores(study(tmp_path / "few", 0.0, 3)[0], truth) is None
+
+
+def test_why_no_agreement_is_known_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few, truth = study(tmp_path / "few", 0.0, 3)
+    assert agreement_of_scores(few, truth) == (
+        f"2 of 2 quantized plans in {few.path} hold only what is scored here; agreement needs 4"
+    )
+    many, truth = study(tmp_path / "many", 0.0, 40)
+    none = {name: {} for name in truth}
+    assert isinstance(agreement_of_scores(many, truth), ScoreAgreement)
+    assert str(agreement_of_scores(many, none)).startswith(f"0 of 39 quantized plans in {many.path} hold only what is")
+    assert "since others hold" in str(agreement_of_scores(many, none))
+    print_attributions(
+        [Attribution("gram", truth, 1.0)],
+        {"gram": agreement_of_scores(many, none)},
+        Checks({"gram": Check(8, 0.5, 1.0)}, 1.0),
+    )
+    said = capsys.readouterr().out
+    assert said.count("0 of 39 quantized plans in") == 1
+    assert "error: root mean square of what the prediction misses" in said
+    assert "rank correlation, study" not in said
+    same = {name: dict.fromkeys(row, 0.0) for name, row in truth.items()}
+    assert "have all the same score, or the same sum of scores" in str(agreement_of_scores(many, same))
 
 
 def test_plans_are_proposed_until_there_are_enough_or_none_is_new(tmp_path: Path) -> None:

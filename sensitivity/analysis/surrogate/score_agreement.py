@@ -10,6 +10,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.surrogate.space import Expected
+from sensitivity.study.counting import count
 from sensitivity.study.study import Study
 
 MIN_PLANS = 4  # with fewer plans, agreement is not computed
@@ -28,19 +29,27 @@ class ScoreAgreement:
         return {"plans": self.plans, "rank_correlation": self.rank_correlation, "error": self.error}
 
 
-def agreement_of_scores(study: Study, scores: Expected, task: str | None = None) -> ScoreAgreement | None:
-    """How well the sums of scores order and predict the measured plans; None where too few plans can be compared."""
+def agreement_of_scores(study: Study, scores: Expected, task: str | None = None) -> ScoreAgreement | str:
+    """How well the sums of scores order and predict the measured plans; a sentence that says why none is known."""
     observations = observations_of(study, task)
-    known = [
-        all(choice is None or choice in scores.get(name, {}) for name, choice in plan.schemes) and not plan.is_native
+    observations = observations.where([not plan.is_native for plan in observations.plans])
+    unscored = [
+        {str(choice) for name, choice in plan.schemes if choice is not None and choice not in scores.get(name, {})}
         for plan in observations.plans
     ]
-    observations = observations.where(np.array(known, dtype=bool))
+    quantized, others = len(observations), sorted(set().union(*unscored))
+    observations = observations.where([not found for found in unscored])
     sums = np.array([
         sum(scores[name][choice] for name, choice in plan.schemes if choice is not None) for plan in observations.plans
     ])  # fmt: skip
-    if len(sums) < MIN_PLANS or len(set(sums)) < 2 or len(set(observations.score)) < 2:
-        return None
+    if len(sums) < MIN_PLANS:
+        why = f", since others hold {', '.join(others)}" if others else ""
+        return (
+            f"{len(sums)} of {count(quantized, 'quantized plan')} in {study.path} hold only what is scored here{why}; "
+            f"agreement needs {MIN_PLANS}"
+        )
+    if len(set(sums)) < 2 or len(set(observations.score)) < 2:
+        return f"the plans of {study.path} have all the same score, or the same sum of scores"
     errors = [
         IsotonicRegression(increasing=False, out_of_bounds="clip")
         .fit(np.delete(sums, i), np.delete(observations.score, i))

@@ -146,7 +146,7 @@ def print_ranking(ranked: Ranking) -> None:
 
 
 def print_attributions(
-    scored: Sequence[Attribution], measured: Mapping[str, ScoreAgreement | None], checks: Checks | None = None
+    scored: Sequence[Attribution], measured: Mapping[str, ScoreAgreement | str], checks: Checks | None = None
 ) -> None:
     """Print the scores of all components, each scaled so that the largest is 100, with their costs and errors below."""
     largest = [max((v for row in one.scores.values() for v in row.values()), default=0.0) for one in scored]
@@ -168,38 +168,39 @@ def print_attributions(
 
 
 def _score_checks(
-    scored: Sequence[Attribution], measured: Mapping[str, ScoreAgreement | None], checks: Checks | None
+    scored: Sequence[Attribution], measured: Mapping[str, ScoreAgreement | str], checks: Checks | None
 ) -> None:
     """Print what each score cost, and how well it predicts the damage of plans that were run."""
     if checks is None:
         print_score_costs(scored)
         return
     rows = []
+    compared = any(not isinstance(one, str) for one in measured.values())
     for one in scored:
         check, study = checks.by_score.get(one.name), measured.get(one.name)
+        found = ("–", "–")
+        if study is not None and not isinstance(study, str):
+            found = (f"{study.rank_correlation:.2f}", f"{study.error:.4f}")
         rows.append((
             one.name,
             f"{one.seconds:.1f}",
             f"{one.seconds / checks.pass_seconds:.1f}",
             f"{check.rank_correlation:.2f}" if check and check.rank_correlation is not None else "–",
             "–" if check is None or check.error is None else f"{check.error:.0%}",
-            f"{study.rank_correlation:.2f}" if study else "–",
-            f"{study.error:.4f}" if study else "–",
+            *(found if compared else ()),
         ))  # fmt: skip
     plans = next((check.plans for check in checks.by_score.values()), 0)
+    of_study = ("rank correlation, study", "error of task score, study") if compared else ()
     print_table(
-        f"Cost of each score, and how well it predicts {plans} random plans on calibration data, and the study's plans",
-        (
-            "score",
-            "CPU s",
-            "passes",
-            "rank correlation",
-            "error",
-            "rank correlation, study",
-            "error of task score, study",
-        ),
+        f"Cost of each score, and how well it predicts {plans} random plans on calibration data"
+        f"{', and the plans of the study' if compared else ''}",
+        ("score", "CPU s", "passes", "rank correlation", "error", *of_study),
         rows,
     )
+    if plans:
+        print("  error: root mean square of what the prediction misses, in percent of the damage; 100 where it is 0")
+    for why in dict.fromkeys(one for one in measured.values() if isinstance(one, str)):
+        print(f"  not compared with the study: {why}")
 
 
 def print_explanation(explained: Explanation) -> None:
