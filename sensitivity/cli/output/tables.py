@@ -198,7 +198,7 @@ def _score_checks(
         rows,
     )
     if plans:
-        print("  error: root mean square of what the prediction misses, in percent of the damage; 100 where it is 0")
+        print("  error: root mean square of what the prediction misses, in percent of the damage; 100 if it is none")
     for why in dict.fromkeys(one for one in measured.values() if isinstance(one, str)):
         print(f"  not compared with the study: {why}")
 
