@@ -202,7 +202,8 @@ def judge(
     by_task = {
         str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")
     }
-    words += _at_chance({task: by_task[task] for task in weights}, full, study.meta.get("chance") or {})
+    run_on = (provenance or {}).get("verified", study.meta)
+    words += _at_chance({task: by_task[task] for task in weights}, full, run_on.get("chance") or {})
     others = tuple(
         compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
         for c in run

@@ -103,7 +103,7 @@ def score_of(one: Recommendation, task: str) -> tuple[str, float, float, float]:
     """A recommended plan's score and interval on a task, and whether they are measured or predicted."""
     if measured := one.by_task.get(task):
         return "measured", measured.mean, measured.low, measured.high
-    expected = one.candidate.predicted[task]
+    expected = one.candidate.predicted[task].possible
     return "predicted", expected.score, expected.low, expected.high
 
 

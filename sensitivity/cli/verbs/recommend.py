@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             print(f"note: {note}")
         for one, path, outcome in zip(best, paths, ran, strict=True):
             _show(study, one, path, times, request, outcome)
-        print_answer_counts({f"{one.plan.key[:KEY_LENGTH]} {one.plan.describe()}": _counts(study, one) for one in best})
+        print_answer_counts({_named(study, one): _counts(study, one) for one in best})
     facts = [
         {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}
         for one, path, outcome in zip(best, paths, ran, strict=True)
@@ -177,6 +177,18 @@ def _run_time(
         return {}
     predicted = {cost: times.plan_cost(study.parts, one.plan, cost) for cost in COSTS}
     return {"run_time": predicted, "in_runtime": outcome and outcome.to_json()}
+
+
+def _named(study: Study, one: Recommendation) -> str:
+    """A recommended plan, and which examples its answers are to."""
+    from sensitivity.analysis.failures.changes import study_of
+    from sensitivity.spec.errors import UserError
+
+    name = f"{one.plan.key[:KEY_LENGTH]} {one.plan.describe()}"
+    try:
+        return f"{name}, on {'the examples of the study' if study_of(study, one.plan) is study else 'fresh examples'}"
+    except UserError:
+        return name
 
 
 def _counts(study: Study, one: Recommendation) -> list[dict[str, object]]:
