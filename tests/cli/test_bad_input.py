@@ -268,7 +268,7 @@ def test_a_sweep_goes_on_in_halves_and_says_so_once(
 
     monkeypatch.setattr("sensitivity.models.loading.load", smaller)
     assert main(["sweep", "embedded:scenes-llava", *words, "--out", str(tmp_path / "halves")]) == 0
-    assert capsys.readouterr().err.count("note: out of memory on cpu: batches of vqa are halved") == 1
+    assert capsys.readouterr().err.count('{"note": "out of memory on cpu: batches of vqa are halved"}') == 1
     whole, halves = (Study(tmp_path / name).table().set_index("key") for name in ("whole", "halves"))
     assert halves["vqa"].to_dict() == whole["vqa"].to_dict()
 
