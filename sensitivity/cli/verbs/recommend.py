@@ -184,7 +184,7 @@ def _named(study: Study, one: Recommendation) -> str:
     from sensitivity.analysis.failures.changes import study_of
     from sensitivity.spec.errors import UserError
 
-    name = f"{one.plan.key[:KEY_LENGTH]} {one.plan.describe()}"
+    name = f"{one.plan.key[:KEY_LENGTH]}, for {one.budget:.4g} bpw"
     try:
         return f"{name}, on {'the examples of the study' if study_of(study, one.plan) is study else 'fresh examples'}"
     except UserError:
