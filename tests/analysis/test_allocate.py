@@ -286,10 +286,16 @@ def test_a_floor_is_checked_on_what_was_measured(two_tasks: Study) -> None:
         "The floor of 1 on grounding is missed: 87.5% [82.3%, 92.7%] of full precision, 200 paired examples."
         in found.words
     )
-    noisy = frames | {first: both(0.9, 0.0).iloc[:0], second: both(0.85, 0.79)}
-    noisy[first] = pd.concat([frame(0.9), frame(0.78, n=200, noise=0.4, seed=1).assign(task="grounding")])
-    found = judge(two_tasks, candidates[:1], None, noisy, floors={"grounding": 0.99})
+    noisy = pd.concat([frame(0.9), frame(0.78, n=200, noise=0.4, seed=1).assign(task="grounding")])
+    found = judge(two_tasks, candidates[:1], None, frames | {first: noisy}, floors={"grounding": 0.99})
     assert "is missed on these examples, within their noise: " in found.words
+    # a uniform plan that is clearly better is not recommended if it misses a floor that the candidate keeps
+    (rival,) = solve(two_tasks, bpw=9, top=1)
+    frames = {native: both(0.9, 0.8), first: both(0.5, 0.79), rival.plan.key: both(0.9, 0.5)}
+    assert judge(two_tasks, candidates[:1], rival, frames).plan == rival.plan
+    found = judge(two_tasks, candidates[:1], rival, frames, floors={"grounding": 0.95})
+    assert found.plan.key == first
+    assert found.words.endswith("It misses a floor that this plan keeps.")
 
 
 def test_a_plan_at_chance_is_said_to_be_useless(two_tasks: Study, monkeypatch: pytest.MonkeyPatch) -> None:

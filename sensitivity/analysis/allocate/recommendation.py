@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict
 
-import numpy as np
 import pandas as pd
 
 from sensitivity.analysis.allocate.believed import shrunk_scores, steadied_rows
@@ -185,9 +184,9 @@ def judge(
     ]
     likely = shrunk_scores([as_measured(c.predicted, weights) for c in run], steadied)
     floors = floors if floors and native.key in frames else {}
-    kept = [_kept(frames, c.plan, native, floors) for c in run]
-    short = [sum(one[task].mean < share for task, share in floors.items()) for one in kept]
-    best = min(zip(short, -np.array(likely), run, strict=True), key=lambda one: one[:2])[2]
+    kept = {plan.key: _kept(frames, plan, native, floors) for plan in plans if plan.key in rows}
+    missed = {key: sum(one[task].mean < share for task, share in floors.items()) for key, one in kept.items()}
+    best = min(zip(run, likely, strict=True), key=lambda one: (missed[one[0].plan.key], -one[1]))[0]
     # `len(run)` corrects each interval for having picked the best of that many
     against_rival = None
     if rival is not None and rival.plan.key in rows and rival.plan.key != best.plan.key:
@@ -196,9 +195,11 @@ def judge(
         )
     words = against_rival.words if against_rival else _without_rival(best, rival)
     if rival is not None and against_rival is not None and against_rival.verdict == "worse":
-        best, against_rival, words = rival, None, f"A uniform plan is the best choice here. {words}"
-    floors_kept = _kept(frames, best.plan, native, floors)
-    words += "".join(floor_in_words(task, share, floors_kept[task]) for task, share in floors.items())
+        if missed[rival.plan.key] > missed[best.plan.key]:
+            words += " It misses a floor that this plan keeps."
+        else:
+            best, against_rival, words = rival, None, f"A uniform plan is the best choice here. {words}"
+    words += "".join(floor_in_words(task, share, kept[best.plan.key][task]) for task, share in floors.items())
     by_task = {
         str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")
     }
