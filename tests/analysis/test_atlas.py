@@ -342,7 +342,7 @@ def test_what_an_atlas_says_nothing_about_is_said(tmp_path: Path, atlas: Path) -
                                components=without, rows=rows), two)  # fmt: skip
     with pytest.raises(UserError, match=r"no study of .* says anything about connector; add one of a model with the"):
         predict_frontier(parts, SCHEMES, two)
-    with pytest.raises(UserError, match=r"has no score called gram; `sensitivity explain MODEL --scores gram"):
+    with pytest.raises(UserError, match=r"has no score called gram; `sensitivity explain \S+ --by \S+ --scores gram"):
         predict_frontier(parts, SCHEMES, atlas, attributions=tmp_path)
     with pytest.raises(UserError, match=r"no scheme to choose from; name some, such as scheme\('gptq', 4\)"):
         predict_frontier(parts, [], atlas)

@@ -231,7 +231,7 @@ def test_a_request_with_limits(study: Study) -> None:
     assert "limits" not in PlanRequest((4.0,), {"a": 1.0}).to_json()  # as studies made before have it
     with pytest.raises(UserError, match="--ms-per-token is about a runtime on this machine; name it"):
         check_request(study, asked)
-    with pytest.raises(UserError, match="need the times of layers: `sensitivity profile planted`"):
+    with pytest.raises(UserError, match="need the times of layers: `sensitivity profile planted --runtime "):
         proposed(study, replace(asked, runtime="openvino"))
 
 

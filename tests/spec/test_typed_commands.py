@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 import sensitivity
+from sensitivity.cli.arguments.parsing import parser_of
+from sensitivity.cli.arguments.scheme_flags import loadable_schemes, schemes
 from sensitivity.cli.main import VERBS
+from sensitivity.models.discovery import inspect
+from sensitivity.models.loading import load
 from sensitivity.spec.errors import UserError, shell_word
+from sensitivity.spec.runtimes.table import RUNTIMES, sweep_flags
 from sensitivity.study.study import Study
 
 SOURCES = sorted(Path(sensitivity.__file__).parent.rglob("*.py"))
@@ -32,6 +37,49 @@ def bare_paths(tree: ast.Module) -> Iterator[str]:
                     name = ast.unparse(part.value)
                     if name.rpartition(".")[2] in PATHS:
                         yield f"line {part.lineno}: {name}"
+
+
+SUGGESTED = re.compile(rf"(?:^|`)sensitivity ((?:{'|'.join(VERBS)}) [^`]+)")  # a verb alone is only named
+FLAGS = ("typed",)  # what holds flags and their values; whatever else is filled in is one word
+
+
+def suggested(tree: ast.Module) -> Iterator[str]:
+    """The commands that messages suggest, with the word 1 for what is filled in."""
+    inside = {id(part) for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for part in text.values}
+    for text in ast.walk(tree):
+        words = ""
+        if isinstance(text, ast.JoinedStr):
+            words = "".join(
+                str(part.value) if isinstance(part, ast.Constant) else _filled(part) for part in text.values
+            )
+        elif isinstance(text, ast.Constant) and isinstance(text.value, str) and id(text) not in inside:
+            words = text.value
+        yield from SUGGESTED.findall(words)
+
+
+def _filled(part: ast.expr) -> str:
+    assert isinstance(part, ast.FormattedValue)
+    return "" if ast.unparse(part.value) in FLAGS else "1"
+
+
+def test_suggested_commands_are_accepted_by_the_parser() -> None:
+    found = [(file.name, words) for file in SOURCES for words in suggested(ast.parse(file.read_text("utf-8")))]
+    assert len(found) > 30
+    refused = {}
+    for name, words in found:
+        try:
+            parser_of(VERBS, shlex.split(words)).parse_args(shlex.split(words))
+        except UserError as error:
+            refused[f"{name}: {words}"] = str(error)
+    assert refused == {}
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_a_sweep_with_the_flags_of_a_runtime_has_something_to_measure(name: str) -> None:
+    words = ["sweep", "embedded:scenes-llava", *sweep_flags(name).split(), "--out", "new"]
+    args = parser_of(VERBS, words).parse_args(words)
+    parts = inspect(load("embedded:scenes-llava", config_only=True), by=args.by)
+    assert loadable_schemes(args, parts, schemes(args), None)
 
 
 def test_paths_in_commands_are_words_of_the_shell() -> None:

@@ -131,7 +131,7 @@ def proposed(study: Study, request: PlanRequest, times: LayerTimes | None = None
     """
     runtime, (allow, tie) = request.runtime, check_request(study, request)
     if request.limits and times is None:
-        remedy = f"`sensitivity profile {shell_word(study.parts.model)}`"
+        remedy = f"`sensitivity profile {shell_word(study.parts.model)} --runtime {runtime}`"
         raise UserError(f"limits on time or memory need the times of layers: {remedy}")
     limits = RunTimeLimits(times, request.limits) if times is not None and request.limits else None
     tasks = list(dict.fromkeys([*request.weights, *request.floors]))

@@ -15,7 +15,7 @@ from sensitivity.spec.limits import Allowed, intersection, merge_groups
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.loadable import restrict, searches
 from sensitivity.spec.runtimes.rules import tied, violations
-from sensitivity.spec.runtimes.table import abilities, files_of
+from sensitivity.spec.runtimes.table import abilities, files_of, sweep_flags
 from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
@@ -124,9 +124,12 @@ def _usable(study: Study, runtime: str, knapsack: Knapsack) -> list[Scheme]:
     try:
         return restrict(study.parts, sorted(known, key=str), runtime)[0]
     except UserError as error:
+        model, tasks = study.meta.get("model", "MODEL"), study.meta.get("tasks")  # an imported table names no tasks
+        typed = (f"--task {shell_word(','.join(tasks))} " if tasks else "") + sweep_flags(runtime)
         raise UserError(
             f"{runtime} can load no plan that this study measured; it takes {abilities(runtime)}; "
-            f"`sensitivity sweep {shell_word(study.meta.get('model', 'MODEL'))} --runtime {runtime}` measures what can"
+            f"`sensitivity sweep {shell_word(model)} {typed} --out {shell_word(f'{study.path}-{runtime}')}` measures "
+            "some that it can load"
         ) from error
 
 

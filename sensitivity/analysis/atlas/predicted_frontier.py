@@ -162,7 +162,8 @@ def _errors(folder: Path | str | None, parts: ComponentMap, schemes: Sequence[Sc
     if not found:
         raise UserError(
             f"{paths.attributions_file(Path(folder))} has no score called {ERROR}; "
-            f"`sensitivity explain MODEL --scores {ERROR} --check 0 --out {shell_word(folder)}` writes it"
+            f"`sensitivity explain {shell_word(parts.model)} --by {parts.by} --scores {ERROR} --check 0 "
+            f"--out {shell_word(folder)}` writes it"
         )
     return transfer_damages(found, parts, schemes, folder)
 

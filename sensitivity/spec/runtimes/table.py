@@ -212,3 +212,16 @@ def abilities(name: str) -> str:
     for bits, sizes in groups.items():
         flags += f", --group {' or '.join(map(str, sizes))}" + (f" at {bits} bits" if bits else "")
     return flags if able.methods is None else f"--method {' or '.join(able.methods)} {flags}"
+
+
+def sweep_flags(name: str) -> str:
+    """The flags with which `sensitivity sweep`, otherwise at its defaults, finds plans that a runtime can load."""
+    able = runtime(name)
+    flags = [f"--runtime {name}"]
+    if able.methods is not None and "rtn" not in able.methods:
+        flags += [f"--method {able.methods[0]}", f"--bits {able.symmetric[0]}"]
+    if not able.symmetric:
+        flags.append("--no-symmetric")
+    if able.groups is not None and "row" not in able.groups:
+        flags.append(f"--group {able.groups[0]}")
+    return " ".join(flags)
