@@ -329,6 +329,12 @@ def test_only_one_file_reads_what_a_trial_stores() -> None:
     assert naming == {"study/trial.py", "study/identity.py"}
 
 
+def test_only_one_file_says_how_much_of_a_plans_key_is_shown() -> None:
+    texts = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in MODULES}
+    assert [name for name, text in texts.items() if re.search(r"^KEY_LENGTH = ", text, re.M)] == ["spec/plan.py"]
+    assert not [name for name, text in texts.items() if re.search(r"plan\.key\[:\d", text)]
+
+
 def test_only_one_file_knows_the_names_in_a_studys_folder() -> None:
     names = ('"journal.log"', '"storage.url"', '"queue"', '"examples"', '"verify"', '"rankings"', '"exports"')
     paths = PACKAGE / "study" / "storage" / "paths.py"

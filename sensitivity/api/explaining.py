@@ -28,7 +28,7 @@ from sensitivity.models.processors import square_seen
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import Notice, UserError, shell_word
 from sensitivity.spec.files import finite, write_atomically
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import KEY_LENGTH, Plan
 from sensitivity.study.examples.questions import tasks_of
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -36,7 +36,6 @@ from sensitivity.study.trial import Trial
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
 
-KEY_LENGTH = 8  # characters of a plan's key in messages: enough to name the plan
 # of each number of a box: a plan makes some tokens likelier and others less so, and what is left of that is small
 NUMBER_TOLERANCE, NUMBER_PASSES = 0.05, 18
 MAX_NAMED = 6  # most plans that a message names

@@ -35,6 +35,7 @@ NORM_AND_TOKEN_SETTINGS = (TWEAK, PRUNE, PRUNE_AFTER)
 CACHE_SETTINGS = (CACHE_GROUP, CACHE_PAST, CACHE_SMOOTH)
 # settings of what is rounded in each forward pass, which say nothing about how weights are stored
 ROUNDING_SETTINGS = (ACTIVATION_SCALE, SOFTMAX, ATTENTION, MATCH, *CACHE_SETTINGS)
+KEY_LENGTH = 8  # characters of a plan's key in messages and tables: enough to name the plan
 KEEP = "keep"  # the method that leaves weights as they are, for a component whose activations or cache are rounded
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from sensitivity.analysis.allocate.comparison import more_examples
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import KEY_LENGTH, Plan
 from sensitivity.study.examples.questions import Question, Questions, read_questions
 from sensitivity.study.scores import CONFIDENCE, Score, paired_difference, summarize
 from sensitivity.study.storage import paths
@@ -29,7 +29,7 @@ class Side:
     @property
     def name(self) -> str:
         """The name of the side where both are shown."""
-        return f"{self.study.path}:{self.plan.key[:8]}" if self.plan else str(self.study.path)
+        return f"{self.study.path}:{self.plan.key[:KEY_LENGTH]}" if self.plan else str(self.study.path)
 
 
 def side(text: str) -> Side:

@@ -11,7 +11,7 @@ from sensitivity.analysis.failures.changes import Change, changed_answers, study
 from sensitivity.analysis.failures.damage_places import DamagePlaces, Explained, examples_of, explanations_of
 from sensitivity.analysis.failures.pictures import Picture, Pictures, picture
 from sensitivity.spec.errors import shell_word, unknown
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import KEY_LENGTH, Plan
 from sensitivity.study.counting import count
 from sensitivity.study.examples.questions import read_questions
 from sensitivity.study.study import Study
@@ -85,7 +85,7 @@ def galleries(
     for title, plan in plans:
         where = study_of(study, plan)
         pictures = known.setdefault(str(where.path), Pictures(where.meta))
-        ask = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:8]} --causes"
+        ask = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:KEY_LENGTH]} --causes"
         made.append(gallery_of(title, where, plan, pictures, most, task, kind, ask=ask, home=study.path))
     return made
 

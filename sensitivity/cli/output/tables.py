@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from sensitivity.spec.plan import KEY_LENGTH
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.spec.threads import threads_in_words
 
@@ -32,7 +33,6 @@ COUNT_HEADS = {  # count of answers -> the head of its column
     "cut": "cut off",
     "malformed": "malformed",
 }
-KEY_LENGTH = 8  # characters of a plan's key that are printed: enough to name the plan
 CANCEL = 3  # times the change of the loss: where the components' shares add up to more, they nearly cancel
 WIDTH = 120  # columns where there is no terminal to ask
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
-from sensitivity.cli.output.tables import KEY_LENGTH, print_answer_counts, print_recommendation, print_runtime_costs
+from sensitivity.cli.output.tables import print_answer_counts, print_recommendation, print_runtime_costs
+from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.recommendation import Recommendation

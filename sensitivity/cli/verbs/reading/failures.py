@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_progress
-from sensitivity.cli.output.tables import KEY_LENGTH, print_answer_counts, print_table
+from sensitivity.cli.output.tables import print_answer_counts, print_table
 from sensitivity.spec.errors import UserError, shell_word
+from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
     from sensitivity.analysis.failures.changes import GivenAnswer
