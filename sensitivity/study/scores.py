@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Required, TypedDict
 
 import numpy as np
@@ -112,12 +112,20 @@ def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
     return Score(mean, se, len(x), count, low, high)
 
 
-def paired_difference(values: ArrayLike, base: ArrayLike, clusters: ArrayLike) -> Score:
-    """The mean difference to a baseline on the same examples, with an interval by Student's t."""
-    difference = np.asarray(values, dtype=float) - np.asarray(base, dtype=float)
+def paired_difference(values: ArrayLike, base: ArrayLike, clusters: ArrayLike, tries: int = 1) -> Score:
+    """The mean difference to a baseline on the same examples, with an interval by Student's t.
+
+    tries: how many comparisons are made at once; each gets its part of the probability of an error (Bonferroni).
+    """
+    x = np.asarray(values, dtype=float)
+    difference = x - np.asarray(base, dtype=float)
     mean = float(difference.mean())
     se, count = clustered_se(difference, np.asarray(clusters))
-    return Score(mean, se, len(difference), count, *_student(mean, se, count))
+    if count > 1 and not difference.any():
+        low, high = _none_differs(x, count, tries)
+    else:
+        low, high = _student(mean, se, count, tries)
+    return Score(mean, se, len(difference), count, low, high)
 
 
 def task_score(rows: pd.DataFrame) -> TaskScore:
@@ -133,13 +141,32 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
     mine = ours[ours["task"] == task]
     base = base_scores(mine, theirs[theirs["task"] == task])
     both = mine[base.notna()]
-    return paired_difference(both["score"], base[base.notna()], both["cluster"]) if len(both) else None
+    if not len(both):
+        return None
+    found = paired_difference(both["score"], base[base.notna()], both["cluster"])
+    return replace(found, low=0.0, high=0.0) if ours is theirs else found  # a plan does not differ from itself
 
 
-def _student(mean: float, se: float, clusters: int) -> tuple[float, float]:
+def _quantile(tries: int) -> float:
+    """Up to which probability an interval reaches, if it is one of so many that shall all hold at once."""
+    return 1 - (1 - CONFIDENCE) / 2 / tries
+
+
+def _student(mean: float, se: float, clusters: int, tries: int = 1) -> tuple[float, float]:
     """Student's t interval, with one degree of freedom fewer than there are clusters."""
-    half = math.inf if clusters < 2 else float(stdtrit(clusters - 1, (1 + CONFIDENCE) / 2)) * se
+    half = math.inf if clusters < 2 else float(stdtrit(clusters - 1, _quantile(tries))) * se
     return mean - half, mean + half
+
+
+def _none_differs(scores: np.ndarray, clusters: int, tries: int) -> tuple[float, float]:
+    """The interval of a paired difference where no example differs, so that its standard error says nothing.
+
+    Wilson's limit for 0 of so many clusters (as for a score of 0) says in how large a share of them one could differ,
+    either way. Those that do would differ by no more than the range of the scores.
+    """
+    z = float(ndtri(_quantile(tries)))
+    half = z**2 / (clusters + z**2) * float(np.ptp(np.append(scores, [0.0, 1.0])))
+    return -half, half
 
 
 def _wilson(mean: float, se: float, n: int, clusters: int) -> tuple[float, float]:

@@ -56,6 +56,24 @@ def test_all_right_is_not_without_error() -> None:
     assert 0.8 < score.low < 0.9  # as for 20 scenes, not for 100 questions
 
 
+def test_no_difference_in_a_few_examples_is_not_without_error() -> None:
+    scores, clusters = np.tile([1.0, 0.0], 50), np.arange(100) // 2
+    found = paired_difference(scores, scores, clusters)
+    assert (found.mean, found.se) == (0, 0)
+    assert found.high == pytest.approx(summarize(np.zeros(100), clusters).high)  # as for 50 scenes, not 100 questions
+    assert found.low == -found.high
+    assert paired_difference(scores, scores, clusters, tries=3).high > found.high
+    assert paired_difference(10 * scores, 10 * scores, clusters).high == pytest.approx(10 * found.high)
+    assert paired_difference(scores, scores, np.zeros(100)).high == math.inf
+
+
+def test_intervals_of_rare_differences_cover_them() -> None:
+    """Most draws have no answer that differs, or one: an interval without a width would then miss."""
+    rng, base, rounds = np.random.default_rng(3), np.ones(100), 500
+    found = [paired_difference(rng.random(100) >= 0.01, base, np.arange(100)) for _ in range(rounds)]
+    assert np.mean([one.low <= -0.01 <= one.high for one in found]) > 0.9
+
+
 def test_one_cluster_tells_nothing_about_the_spread() -> None:
     assert clustered_se(np.array([1.0, 0.0]), np.zeros(2)) == (math.inf, 1)
     assert summarize([5.0, 7.0], ["a", "a"]).high == math.inf

@@ -73,7 +73,7 @@ def compare_with_plan(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, nam
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):
         raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
-    difference = _corrected(paired_difference(both["score"], both["score_other"], both["cluster"]), tries)
+    difference = paired_difference(both["score"], both["score_other"], both["cluster"], tries)
     verdict, more, words = _verdict(difference, name)
     return Comparison(other, summarize(theirs["score"], theirs["cluster"]), difference, verdict, more, words)
 
@@ -94,15 +94,6 @@ def floor_in_words(task: str, share: float, kept: Score) -> str:
     how = "is missed" if kept.high < share else "is missed on these examples, within their noise"
     interval = f"{kept.mean:.1%} [{kept.low:.1%}, {kept.high:.1%}] of full precision, {kept.n:,} paired examples"
     return f" The floor of {share:.4g} on {task} {how}: {interval}."
-
-
-def _corrected(difference: Score, tries: int) -> Score:
-    """Widen the interval, since our plan was picked as the best of several (Bonferroni)."""
-    if tries < 2 or difference.clusters < 2:
-        return difference
-    half_width = float(stats.t.ppf(1 - 0.025 / tries, difference.clusters - 1)) * difference.se
-    mean = difference.mean
-    return Score(mean, difference.se, difference.n, difference.clusters, mean - half_width, mean + half_width)
 
 
 def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
