@@ -202,6 +202,10 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("sweep MODEL --out PACKAGE/models/new", "--out takes a folder outside this package"),
     ("report study --out PACKAGE", "--out takes a folder outside this package"),
     ("sweep MODEL --out table.csv", "--out takes a folder, and 'table.csv' is a file"),
+    ("sweep MODEL --out export", "export holds no study, and other files (README.md); choose a new folder as --out"),
+    ("sweep MODEL --out export --dry-run", "export holds no study, and other files"),
+    ("plan MODEL --out export", "export holds no study, and other files (README.md); choose a new folder as --out"),
+    ("plan MODEL --out export --dry-run", "export holds no study, and other files"),
     ("sweep MODEL --out table.csv/new", "is a file, not a folder"),
     ("legalize study --runtime gptq --bpw 8 --out study", "--out takes a file, and 'study' is a folder"),
     ("legalize study --runtime gptq --bpw 8 --force", "--force would do nothing without --out"),
@@ -495,6 +499,14 @@ def test_what_people_typed_is_answered_with_what_to_type(
     words = line.replace("PACKAGE", str(Path(cli.__file__).parents[1])).split()
     words = ["" if word == "''" else word for word in words]
     assert sentence in refused(tuple(words), there, capsys)
+
+
+@pytest.mark.parametrize("verb", ["sweep", "plan"])
+def test_a_study_may_begin_beside_scores_of_its_components(
+    verb: str, there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run((*f"{verb} {MODEL} --n 4 --bits 2,4,8 --out why".split(),), capsys)
+    assert status is None, err  # the work would begin
 
 
 DRY = f"sweep {MODEL} --n 4 --bits 4 --out new --dry-run"

@@ -106,7 +106,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model."""
     from sensitivity.api.planning import check_float_path
+    from sensitivity.study.storage.location import check_begins
 
+    check_begins(args.out)
     check_budget_flags(args)
     requested, _ = checked(args, "random")
     check_float_path(requested, args.path)

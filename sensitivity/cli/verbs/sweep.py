@@ -241,6 +241,9 @@ def _run_plans(
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
+    from sensitivity.study.storage.location import check_begins
+
+    check_begins(args.out)
     requested, calibrated = checked(args, args.search, args.until, args.storage)
     if args.search != "frontier":
         flags.without_effect(

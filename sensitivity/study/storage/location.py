@@ -9,7 +9,7 @@ from pathlib import Path
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import NO_SPACE, disk_error, new_folder, write_atomically
 from sensitivity.study.storage.opening import check_database, without_password
-from sensitivity.study.storage.paths import ADDRESS, FIRST_FILES, JOURNAL
+from sensitivity.study.storage.paths import ADDRESS, FIRST_FILES, JOURNAL, is_study, strangers
 
 
 def address(path: Path) -> str | None:
@@ -55,6 +55,12 @@ def reachable_database(path: Path, asked: str | None) -> str | None:
 def write_address(path: Path, url: str) -> None:
     """Store the URL of the database in a study's folder."""
     write_atomically(path / ADDRESS, url.encode())
+
+
+def check_begins(path: Path) -> None:
+    """Raise an error where a study would be begun among files that are not its own."""
+    if not is_study(path) and (others := strangers(path)):
+        raise UserError(f"{path} holds no study, and other files ({others[0]}); choose a new folder as --out")
 
 
 @contextlib.contextmanager

@@ -9,12 +9,19 @@ ADDRESS = "storage.url"  # the URL of that database
 QUEUE_LOCK = "queue"  # the lock that is held while the queue is changed; the name of its file has a suffix
 # all files of a study before its first trial
 FIRST_FILES = (ADDRESS, JOURNAL, "journal.kernel-lock", "queue.kernel-lock")
+ATTRIBUTIONS = "attributions.json"  # scores of components, in a study's folder or in one of its own
 PLAN = "plan.json"  # the recommendation for the first budget that was asked for
 
 
 def is_study(folder: Path) -> bool:
     """Whether a folder holds a study, be its trials in a journal or in a database."""
     return (folder / JOURNAL).exists() or (folder / ADDRESS).exists()
+
+
+def strangers(folder: Path) -> list[str]:
+    """The names in a folder that a study may not be begun beside: all but those of its first files, and hidden ones."""
+    found = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in found if name not in (*FIRST_FILES, ATTRIBUTIONS) and not name.startswith(".")]
 
 
 def answers_file(study: Path, key: str) -> Path:
@@ -49,7 +56,7 @@ def layer_times_file(study: Path) -> Path:
 
 def attributions_file(folder: Path) -> Path:
     """A table of attributions, in a study's folder or in one of its own."""
-    return folder / "attributions.json"
+    return folder / ATTRIBUTIONS
 
 
 def explanation_file(folder: Path, key: str, failures: bool = False) -> Path:
