@@ -31,6 +31,7 @@ from sensitivity.spec.threads import free_memory
 from sensitivity.study.examples import questions
 from sensitivity.study.stopping import Until
 from sensitivity.study.storage.location import reachable_database
+from sensitivity.study.storage.paths import is_study
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import check_distinct, find
@@ -135,6 +136,17 @@ def dtype_for(name: str, device: str, out: Path | str | None) -> tuple[str | Non
     if target.type == "cpu" and size > free_memory():
         return dtype, f"{dtype} is {times:.1f} times slower here than float32, for which memory is too small"
     return "float32", f"computing in float32: {dtype}, as stored, is {times:.1f} times slower here (--dtype overrides)"
+
+
+def keys_of_measured(out: Path | str, tasks: Sequence[str], n: int, seed: int) -> list[str]:
+    """The keys of the plans that a sweep into this folder would find finished; an error if it holds another study."""
+    if not is_study(Path(out)):
+        return []
+    study = Study(out)
+    for name, wanted in (("tasks", list(tasks)), ("n", n), ("seed", seed)):
+        if (there := study.meta.get(name)) != wanted:
+            raise UserError(f"{out} holds another study ({name}: there {there}, here {wanted}); choose another --out")
+    return list(dict.fromkeys(trial.key for trial in study.trials()))
 
 
 def sweep(

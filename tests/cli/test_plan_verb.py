@@ -166,6 +166,18 @@ def test_what_moved_each_number_of_a_box(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("briefly_timed")
+def test_a_forecast_of_a_plan_that_was_found_is_of_its_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{PLAN} --out {folder / 'again'}".replace("--trials 6", "--trials 2")
+    new, _ = run(capsys, f"{line} --dry-run")
+    made, _ = run(capsys, line)
+    verified = Study(folder / "again" / "verify").counts()["done"]
+    left, _ = run(capsys, f"{line} --dry-run")
+    assert (new["measured"], left["measured"]) == (0, made["plans_measured"] + verified)
+    assert left["plans"] == new["plans"] - left["measured"]
+    assert left["seconds"]["gradients"] > 0
+
+
+@pytest.mark.usefixtures("briefly_timed")
 def test_a_forecast_counts_scores_and_both_kinds_of_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, _ = run(capsys, f"{PLAN} --out {folder / 'forecast'} --dry-run")
     assert found["seconds"]["gradients"] > 0

@@ -206,6 +206,31 @@ def test_the_command_line_says_it_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("briefly_timed")
+def test_what_is_measured_already_is_not_forecast_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"sweep embedded:scenes-llava --n 5 --by part --method rtn --out {tmp_path / 'run'}"
+
+    def forecast(more: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(f"{line} {more} --dry-run --json".split()) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    assert main([*line.split(), "--bits", "8", "--json"]) == 0
+    partly = forecast("--bits 4,8")
+    assert (partly["measured"], partly["plans"]) == (2, 7)  # of 2 x 2 x 2 plans and full precision
+    searched = forecast("--bits 4,8 --search tpe --trials 6")
+    assert (searched["measured"], searched["plans"]) == (2, 4)
+    wholly = forecast("--bits 8")
+    assert (wholly["measured"], wholly["plans"]) == (2, 0)
+    assert {name for name, seconds in wholly["seconds"].items() if seconds} == {"loading"}
+    assert wholly["disk"]["examples"] == 0
+    assert main(f"{line} --bits 8 --dry-run".split()) == 0
+    assert "2 of 2 plans are measured already; the forecast is of what is left" in capsys.readouterr().out
+    assert main(f"{line.replace('--n 5', '--n 6')} --bits 8 --dry-run".split()) == 2
+    assert "holds another study (n: there 5, here 6); choose another --out" in capsys.readouterr().err
+
+
 class CountingRounded(Counting):
     """Counts the numbers of one kind that are rounded, as if nothing else took any time."""
 

@@ -124,6 +124,9 @@ def print_forecast(predicted: Forecast) -> None:
     """Print the predicted cost of a sweep."""
     rate = f"{predicted.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
     count = f"{predicted.plans:,} plans, {predicted.examples:,} examples of {predicted.images:,} images"
+    if predicted.measured:
+        every = predicted.measured + predicted.plans
+        print(f"{predicted.measured:,} of {every:,} plans are measured already; the forecast is of what is left")
     print_table(f"{count}; {rate}", ("what", "how much", "of which"), predicted.rows())
 
 

@@ -161,16 +161,25 @@ def _forecast(
     """Forecast the cost of scoring and of all plans that may be run; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
     from sensitivity.api.planning import opening_scores, search_examples
+    from sensitivity.api.sweeping import keys_of_measured
     from sensitivity.measure.forecast.forecast import forecast_sweep
+    from sensitivity.study.storage.paths import is_study, verification_folder
+    from sensitivity.study.study import Study
 
     # full precision, and for each budget its candidates and the best uniform plan
     verified = 1 + (args.top + 1) * len(args.gb or args.bpw)
+    n, fresh = search_examples(args.n, tasks), verification_folder(args.out)
+    measured = len(keys_of_measured(args.out, args.task, n, args.seed))
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
-    searched = -(-args.trials * search_examples(args.n, tasks) // args.n)
+    searched, left = (-(-count * n // args.n) for count in (args.trials, max(args.trials - measured, 0)))
+    done = searched - left + min(verified, len(Study(fresh).trials()) if is_study(fresh) else 0)
     listed = plans(parts, requested, "random", searched + verified, args.seed)
     assert isinstance(listed, list)
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
-    predicted = forecast_sweep(vlm, parts, listed, tasks, **options, scores=opening_scores(tasks, parts, requested))
+    predicted = forecast_sweep(
+        vlm, parts, listed, tasks, **options, scores=opening_scores(tasks, parts, requested),
+        measured=[plan.key for plan in listed[:done]],
+    )  # fmt: skip
     if not args.json:
         print_forecast(predicted)
     return predicted.to_json()

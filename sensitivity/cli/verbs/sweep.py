@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if args.dry_run:
             # a search chooses plans only as scores arrive; for the forecast, random plans stand in for them
             plans = plans_of(schemes, "random" if callable(searched) else args.search)
-            return _forecast(args, vlm, parts, plans, tasks)
+            return _forecast(args, vlm, parts, plans, tasks, stand_in=callable(searched))
         study = _run_plans(
             args, vlm, parts, plans_of(schemes, args.search), schemes, statistics, scores, processes, expected
         )
@@ -275,14 +275,19 @@ def _forecast(
     parts: ComponentMap,
     plans: Plans,
     tasks: Sequence[Task],
+    stand_in: bool,
 ) -> dict[str, object]:
-    """The forecast of time, disk and memory."""
+    """The forecast of time, disk and memory for the plans that are not measured yet, or that stand in for those."""
+    from sensitivity.api.sweeping import keys_of_measured
     from sensitivity.measure.forecast.forecast import forecast_sweep
 
     assert not callable(plans)
     options = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
     options |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
-    predicted = forecast_sweep(vlm, parts, list(plans), tasks, **options, scores=args.scores)
+    measured = keys_of_measured(args.out, args.task, args.n, args.seed)
+    if stand_in:
+        measured = [plan.key for plan in plans][: len(measured)]
+    predicted = forecast_sweep(vlm, parts, list(plans), tasks, **options, scores=args.scores, measured=measured)
     if not args.json:
         print_forecast(predicted)
     return predicted.to_json()

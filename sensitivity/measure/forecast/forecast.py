@@ -6,7 +6,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -56,6 +56,7 @@ class Forecast:
     disk: Mapping[str, float]
     host: Mapping[str, float]
     device: Mapping[str, float] = field(default_factory=dict)  # empty where the device is the host
+    measured: int = 0  # plans that are measured already, which `plans` does not count
 
     def to_json(self) -> dict[str, object]:
         """The forecast with its totals, as JSON."""
@@ -86,19 +87,23 @@ def forecast_sweep(
     cache_gb: float = 8.0,
     memory_gb: float = MEMORY_GB,
     scores: Sequence[str] = (),
+    measured: Container[str] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Forecast:
     """The expected cost of running these plans, full precision included, on a device; measures for some seconds.
 
     scores: those of SCORES, from calibration, that components are given before the sweep, as the command `plan` does.
+    measured: the keys of plans that are measured already; scores are computed for their schemes too, nothing else.
     """
+    every, plans = plans, [plan for plan in plans if plan.key not in measured]
     kind = _dtype(vlm, parts, device, dtype)
     resident, hardware = _resident(), Hardware(_measured_device(device), kind, clock)
     model = CostModel(vlm, parts, hardware)
     # one plan that prunes is enough: all are forecast as if they read whole prompts
     whole_prompts = plain or any(plan.prunes for plan in plans)
     samples = [TaskSample.of(vlm, task, shard_ends(tasks), whole_prompts, clock) for task in tasks]
-    used = list(dict.fromkeys(scheme for plan in plans for _, scheme in plan.schemes if scheme))
+    calibrating = every if scores else plans
+    used = list(dict.fromkeys(scheme for plan in calibrating for _, scheme in plan.schemes if scheme))
     schemes = list(dict.fromkeys(weights_of(scheme) for scheme in used if scheme.method != KEEP))
     passes = [model.passes(sample) for sample in samples]
     runs = {part: float(len(plans)) for part in PARTS} if plain else _runs(parts, plans)
@@ -114,7 +119,7 @@ def forecast_sweep(
     groups = len(groups_that_fit(parts, len(schemes)))
     seconds = {
         "loading": parts.numel * kind.itemsize / LOADING,
-        "examples": sum(sample.preprocessing * sample.images for sample in samples),
+        "examples": sum(sample.preprocessing * sample.images for sample in samples if plans),
         **calibration_seconds(used, calibration, forward, products, len(plans), scores, groups),
         "tweaking norms": tweaking_seconds(parts, plans, calibration, forward),
         "quantizing": sum(_quantizing(parts, plans, scheme, hardware) for scheme in schemes)
@@ -141,6 +146,7 @@ def forecast_sweep(
         disk={**_stored(parts, tasks, plans, len(shard_ends(tasks))), "statistics and weights": cached},
         host=host | (work if hardware.device.type == "cpu" else {}),
         device={} if hardware.device.type == "cpu" else work,
+        measured=len(every) - len(plans),
     )
 
 
@@ -189,7 +195,7 @@ def _runs(parts: ComponentMap, plans: Sequence[Plan]) -> dict[str, float]:
     whole = {part: sum(w.numel for w in parts.weights if w.part == part) for part in PARTS}
     for place, component in enumerate(parts.components):
         paths = [plan.schemes[: place + 1] for plan in ordered]
-        times = 1 + sum(one != other for one, other in pairwise(paths))
+        times = bool(paths) + sum(one != other for one, other in pairwise(paths))
         runs[component.part] += times * component.numel / whole[component.part]
     return runs
 

@@ -28,7 +28,7 @@ def rounding_seconds(
     total, ordered = 0.0, in_queue_order(plans)
     for place, component in enumerate(parts.components):
         every = [plan.schemes[: place + 1] for plan in ordered]
-        distinct = [every[0], *(path for before, path in pairwise(every) if path != before)]
+        distinct = [*every[:1], *(path for before, path in pairwise(every) if path != before)]
         for sample in samples:
             shared = sample.shares(component.part) and not plain
             once, again = _tokens(sample, component.part)
