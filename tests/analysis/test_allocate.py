@@ -208,6 +208,7 @@ def test_verdicts(two_tasks: Study) -> None:
     assert found.uniform is not None
     assert (found.plan.key, found.uniform.verdict) == (mine, "better")
     assert "Clearly better than the best uniform plan: +0.300" in found.words
+    assert "paired examples (interval widened for the best of 2 plans)." in found.words
     assert found.full is not None
     assert found.full.mean == pytest.approx(0.95)
     assert found.others[0].verdict == "better"
@@ -222,6 +223,7 @@ def test_verdicts(two_tasks: Study) -> None:
     assert found.uniform.more is not None
     assert found.uniform.more > 100
     assert f"about {found.uniform.more:,} more examples would decide" in found.words
+    assert "widened" not in found.words  # only one of them was run
 
     close = {mine: frame(0.58, noise=0.3, seed=1), them: frame(0.62, noise=0.3, seed=2)}
     found = judge(two_tasks, candidates, rival, close)

@@ -74,7 +74,7 @@ def compare_with_plan(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, nam
     if not len(both):
         raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
     difference = paired_difference(both["score"], both["score_other"], both["cluster"], tries)
-    verdict, more, words = _verdict(difference, name)
+    verdict, more, words = _verdict(difference, name, tries)
     return Comparison(other, summarize(theirs["score"], theirs["cluster"]), difference, verdict, more, words)
 
 
@@ -96,10 +96,11 @@ def floor_in_words(task: str, share: float, kept: Score) -> str:
     return f" The floor of {share:.4g} on {task} {how}: {interval}."
 
 
-def _verdict(difference: Score, name: str) -> tuple[str, int | None, str]:
+def _verdict(difference: Score, name: str, tries: int) -> tuple[str, int | None, str]:
     """The verdict, the number of examples that would decide a tie, and a sentence."""
     gap, low, high = difference.mean, difference.low, difference.high
     interval = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n:,} paired examples"
+    interval += f" (interval widened for the best of {tries} plans)" if tries > 1 else ""
     if low > 0:
         return "better", None, f"Clearly better than {name}: {interval}."
     if high < 0:
