@@ -112,7 +112,10 @@ def test_two_plans_of_one_study(pair: tuple[Study, Study], tmp_path: Path, capsy
     assert (row["a_key"], row["b_key"], row["paired_examples"]) == (FOUR.key, TWO.key, 200)
     assert row["difference"]["mean"] < 0 < row["to_wrong"]
     assert main(["compare", a, b]) == 0
-    assert "B scores clearly lower on vqa" in capsys.readouterr().out
+    assert "B scores clearly lower on vqa" in (printed := capsys.readouterr().out)
+    assert "200/200/200" in printed
+    assert "<th>n of A/B/both</th>" in (written := out.read_text(encoding="utf-8"))
+    assert "<td>200/200/200</td>" in written
     with browser() as window:
         window.open(out)
         cards = window.run("return document.querySelectorAll('.change').length")

@@ -73,7 +73,7 @@ def _cells(row: Row) -> tuple[object, ...]:
         one.task,
         f"{one.a.mean:.3f} at {row.a_bpw:.2f}",
         f"{one.b.mean:.3f} at {row.b_bpw:.2f}",
-        f"{one.a.n}/{one.b.n}/{one.shared}",
+        f"{one.a.n:,}/{one.b.n:,}/{one.shared:,}",
         f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{unpaired}",
         *changes,
         row.a.describe(),
