@@ -45,6 +45,7 @@ class DrawnExamples(TypedDict):
     """Where a task's examples were drawn from, so that they can be drawn again."""
 
     task: str
+    name: str  # of the task, in the study
     split: str
     n: int
     seed: int
@@ -188,8 +189,8 @@ def explain_plan(
     split, seed = "evaluation" if failures else "calibration", study.meta["seed"]
     counts = [study.meta["n"] if failures else len(task.examples) for task in data]
     drawn = tuple(
-        DrawnExamples(task=name, split=split, n=count, seed=seed)
-        for name, count in zip(_requested_names(data, names), counts, strict=True)
+        DrawnExamples(task=name, name=task.name, split=split, n=count, seed=seed)
+        for task, name, count in zip(data, _requested_names(data, names), counts, strict=True)
     )
     questions = {ids[number]: _pieces(vlm, tokens) for number, tokens in integral.prompts.items()}
     divided = blame_of(study.parts, vlm.family, integral)
@@ -248,9 +249,11 @@ def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, fl
     return mean_shifts(*answers)
 
 
-def save_explanation(study: Study, explanation: Explanation) -> Path:
-    """Write an explanation into the study's folder."""
-    file = paths.explanation_file(study.path, explanation.plan.key, explanation.of_failures)
+def save_explanation(study: Study, explanation: Explanation, tasks: Sequence[str] = ()) -> Path:
+    """Write an explanation into the study's folder; `tasks` are those that were asked for, by default all."""
+    asked = [name for name in study.tasks if name in {find_task(one, n=1).name for one in tasks}]
+    of = () if len(asked) == len(study.tasks) else asked
+    file = paths.explanation_file(study.path, explanation.plan.key, explanation.of_failures, of)
     file.parent.mkdir(exist_ok=True)
     write_atomically(file, json.dumps(finite(explanation.to_json()), indent=1).encode())
     return file

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # a function that returns why a path is not one that we wrote, or an empty string if we wrote it
 WhyForeign = Callable[[Path], str]
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def slug(name: str) -> str:
+    """A task's name as a part of a file name or an HTML id."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "task"
 
 
 def disk_error(target: Path, error: OSError) -> Failed:

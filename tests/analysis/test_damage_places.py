@@ -146,6 +146,33 @@ def test_only_failures_of_the_requested_tasks_are_explained(tmp_path: Path) -> N
         assert {one.name for one in explaining._failing_tasks(study, TWO, [name], 5)} == {task(name, n=1).name}
 
 
+def test_what_was_explained_of_each_task_is_kept(tmp_path: Path) -> None:
+    line = f"sweep embedded:scenes-llava --task vqa,caption --n 2 --bits 2 --by part --out {tmp_path / 'run'}"
+    assert main([*line.split(), "--search", "one-at-a-time"]) == 0
+    study = Study(tmp_path / "run")
+    plan = next(trial.plan for trial in study.trials() if not trial.plan.is_native)
+    for more in ("1 --task vqa", "1 --task caption", "2"):
+        assert main(f"explain {study.path} --plan {plan.key} --calibration-n {more}".split()) == 0
+    files = [file.name for file in paths.explanation_files(study.path, plan.key)]
+    assert files == [f"{plan.key}-caption.json", f"{plan.key}-vqa.json", f"{plan.key}.json"]
+    said = [one.words.partition(", by part")[0] for one in explanations_of(study.path, plan)]
+    assert "Of the damage on 1 calibration example of caption" in said
+    assert "Of the damage on 2 calibration examples of vqa and caption" in said
+
+
+def test_places_are_of_the_task_that_was_explained(tmp_path: Path) -> None:
+    study = answered.study(tmp_path / "run", [task("vqa", n=30)], given, ["vqa"], n=30)
+    data = answered.explain(study, TWO, True, ["a"])
+    file = paths.explanation_file(study.path, TWO.key, True, ["own/vqa"])
+    file.write_text(json.dumps({**data, "data": [{**one, "name": "own/vqa"} for one in data["data"]]}))
+    assert file.name == f"{TWO.key}-own-vqa-failures.json"
+    old, new = explanations_of(study.path, TWO)
+    assert new.of_failures
+    assert old.places_in("vqa", "a") is not None  # an earlier version did not store the task's name
+    assert new.places_in("vqa", "a") is None
+    assert new.places_in("own/vqa", "a") is not None
+
+
 def test_answers_that_got_worse_are_explained_on_their_own_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,12 +60,21 @@ class Explained:
     count: int  # of examples
     of_failures: bool
     examples: Mapping[str, DamagePlaces]  # by the example's id
-    sources: Sequence[Mapping[str, Any]]  # task, split, n and seed, by which the examples are found again
+    # by which the examples are found again: task, split, n and seed; and the name of the task in the study, which an
+    # earlier version did not store
+    sources: Sequence[Mapping[str, Any]]
+
+    def places_in(self, task: str, example: str) -> DamagePlaces | None:
+        """Where the damage enters an example of a task."""
+        known = any(source.get("name", task) == task for source in self.sources)
+        return self.examples.get(example) if known else None
 
     @property
     def words(self) -> str:
         """Where the damage comes from, as a sentence."""
         which = count(self.count, "answer") if self.of_failures else count(self.count, "calibration example")
+        if names := [source["name"] for source in self.sources if "name" in source]:
+            which += f" of {' and '.join(names)}"
         which += " that got worse" if self.of_failures else ""
         shares = (
             ", ".join(f"{name} {100 * value / self.change:.0f} %" for name, value in table.items() if value)
@@ -78,13 +87,12 @@ class Explained:
 def explanations_of(study: Path, plan: Plan) -> list[Explained]:
     """What `explain` found of a plan: on answers that got worse, and on calibration examples, as far as it was run."""
     explanations = []
-    for failures in (True, False):
+    for file in paths.explanation_files(study, plan.key):
         # not explained: a file that is missing (OSError), that is no JSON (ValueError), or of an earlier version, which
         # lacks a field (KeyError) or has one of another type (TypeError); `explain` writes it anew
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            file = paths.explanation_file(study, plan.key, failures)
-            explanations.append(_read(json.loads(file.read_text(encoding="utf-8")), failures))
-    return explanations
+            explanations.append(_read(json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(explanations, key=lambda one: not one.of_failures)
 
 
 def examples_of(found: Explained) -> Iterator[Example]:
@@ -94,7 +102,7 @@ def examples_of(found: Explained) -> Iterator[Example]:
             yield from find_task(source["task"], source["split"], source["n"], source["seed"]).examples
 
 
-def _read(data: Mapping[str, Any], failures: bool) -> Explained:
+def _read(data: Mapping[str, Any]) -> Explained:
     """What `explain` found, from its JSON."""
     regions, questions = data["regions"], data["questions"]
     square = data["square_seen"]
@@ -110,8 +118,9 @@ def _read(data: Mapping[str, Any], failures: bool) -> Explained:
             sum(patches) + sum(tokens),
             None if square is None else (str(square[0]), float(square[1])),
         )
-    change, count = float(data["change"]), int(data["examples"])
-    return Explained(data["components"], data["modalities"], change, count, failures, examples, data["data"])
+    change, count, sources = float(data["change"]), int(data["examples"]), data["data"]
+    failures = any(source["split"] == "evaluation" for source in sources)
+    return Explained(data["components"], data["modalities"], change, count, failures, examples, sources)
 
 
 def _share(value: float, every: Sequence[float]) -> float:

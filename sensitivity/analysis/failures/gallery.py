@@ -113,11 +113,12 @@ def gallery_of(
     causes = [cause(one, parts) for one in every]
     shown = [pair for pair in zip(every, causes, strict=True) if not part or (pair[1] and pair[1].name == part)]
     known = explanations_of(home or study.path, plan) if pictures else []
-    places = next((one.examples for one in known if one.of_failures), {})
-    cards = tuple(
-        Card(one, tuple(pictures.of(one)) if pictures else (), why, places.get(one.example))
-        for one, why in shown[:most]
-    )
+    of_failures = [one for one in known if one.of_failures]
+
+    def places(change: Change) -> DamagePlaces | None:
+        return next(filter(None, (one.places_in(change.task, change.example) for one in of_failures)), None)
+
+    cards = tuple(Card(one, tuple(pictures.of(one)) if pictures else (), why, places(one)) for one, why in shown[:most])
     counts = [row for row in study.counts_by_kind(plan) if (not task or row["task"] == task)]
     # a task with one kind of question has no row for the kind
     counts = [row for row in counts if not kind or row["kind"] == kind] or counts

@@ -14,9 +14,9 @@ from sensitivity.analysis.failures.gallery import Card, FailureGallery, notes_on
 from sensitivity.analysis.failures.pictures import Pictures
 from sensitivity.analysis.reporting import figures
 from sensitivity.analysis.reporting.environment import check, rendered
-from sensitivity.analysis.reporting.static_figures import DrawnFigure, slug
+from sensitivity.analysis.reporting.static_figures import DrawnFigure
 from sensitivity.analysis.reporting.table_rows import frontier_rows
-from sensitivity.spec.files import write_atomically
+from sensitivity.spec.files import slug, write_atomically
 from sensitivity.study.examples.answer_counts import counts_by_kind
 from sensitivity.study.examples.questions import read_questions
 

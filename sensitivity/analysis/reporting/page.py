@@ -24,7 +24,7 @@ from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.environment import GENERATOR, rendered
 from sensitivity.analysis.reporting.frontier_table import FrontierRow, largest_on_frontier
 from sensitivity.analysis.reporting.interactive import pareto
-from sensitivity.analysis.reporting.static_figures import DrawnFigure, figures_of_task, slug
+from sensitivity.analysis.reporting.static_figures import DrawnFigure, figures_of_task
 from sensitivity.analysis.reporting.time_and_memory import TimeAndMemory, time_and_memory_section
 from sensitivity.analysis.reporting.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
@@ -35,6 +35,7 @@ from sensitivity.spec.files import (
     is_unfinished,
     mark_finished,
     mark_unfinished,
+    slug,
     write_atomically,
 )
 from sensitivity.spec.plan import Plan

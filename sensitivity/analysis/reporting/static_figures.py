@@ -17,6 +17,7 @@ from sensitivity.analysis.reporting import figures, sentences
 from sensitivity.analysis.reporting.table_rows import quantized, single
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
+from sensitivity.spec.files import slug
 
 Drawn = tuple[str, str, str, Figure, pd.DataFrame]  # name, title, text alternative, figure, data
 
@@ -39,11 +40,6 @@ class DrawnFigure:
             svg = svg.replace(color, f"var({variable})")
         opening = Markup('<svg role="img" aria-label="{}"').format(self.alt)
         return Markup(svg.replace("<svg", opening, 1))
-
-
-def slug(name: str) -> str:
-    """A name as a part of a file name or an HTML id."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "task"
 
 
 def figures_of_task(

@@ -153,7 +153,7 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     n, failures = args.failures or args.calibration_n, args.failures is not None
     measured_in = study_of(study, trial.plan) if failures else study
     explained = explain_plan(vlm, measured_in, trial.plan, n, tasks, args.cache_gb, failures)
-    file = save_explanation(study, explained)
+    file = save_explanation(study, explained, tasks)
     if not args.json:
         print_explanation(explained)
         print(f"  all of it: {file}")

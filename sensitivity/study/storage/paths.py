@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from sensitivity.spec.files import slug
 
 JOURNAL = "journal.log"  # Optuna's journal: all trials, unless they are in a database
 ADDRESS = "storage.url"  # the URL of that database
@@ -59,9 +62,18 @@ def attributions_file(folder: Path) -> Path:
     return folder / ATTRIBUTIONS
 
 
-def explanation_file(folder: Path, key: str, failures: bool = False) -> Path:
-    """Where a plan's damage comes from, by the plan's key: on calibration examples, or on answers that got worse."""
-    return folder / "explained" / f"{key}{'-failures' if failures else ''}.json"
+def explanation_file(folder: Path, key: str, failures: bool = False, tasks: Sequence[str] = ()) -> Path:
+    """Where a plan's damage comes from, by the plan's key: on calibration examples, or on answers that got worse.
+
+    tasks: the names of those that were explained, where they are not all tasks of the study.
+    """
+    name = "-".join([key, *map(slug, tasks), *(["failures"] if failures else [])])
+    return folder / "explained" / f"{name}.json"
+
+
+def explanation_files(folder: Path, key: str) -> list[Path]:
+    """All that was explained of a plan."""
+    return sorted((folder / "explained").glob(f"{key}*.json"))
 
 
 def put_back_file(study: Path, key: str) -> Path:
