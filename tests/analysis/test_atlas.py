@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import planted
@@ -25,6 +27,7 @@ from sensitivity.analysis.atlas.entry import About, Entry, loss_of, share_of
 from sensitivity.analysis.atlas.predicted_frontier import PredictedFrontier
 from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
 from sensitivity.cli import main as cli
+from sensitivity.cli.verbs.reading.atlas import _sweep
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.storage import paths
@@ -384,6 +387,21 @@ def test_the_command_line_adds_and_predicts(
     )
     assert (asked.prior, asked.task, str(asked.out)) == ((atlas,), ("a",), "runs/scenes-llava-frontier")
     assert f"measuring {asked.trials - 1} plan" in said
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["", "--group 64 --no-symmetric", "--symmetric --biases --backend gptqmodel --set damp=0.1 --set act_order=true"],
+)
+def test_the_sweep_that_is_printed_has_the_settings_that_were_typed(typed: str) -> None:
+    parser = cli.parser_of(cli.VERBS)
+    args = parser.parse_args(f"atlas predict embedded:scenes-llava --method gptq {typed}".split())
+    found = SimpleNamespace(halved_by=3, tasks=("vqa",), examples=20)
+    command = _sweep(args, found)  # type: ignore[arg-type]
+    asked = parser.parse_args(shlex.split(command)[1:])
+    names = ("group", "symmetric", "biases", "backend", "set")
+    assert [getattr(asked, name) for name in names] == [getattr(args, name) for name in names]
+    assert asked.trials == 4
 
 
 def test_losses_and_shares_are_inverse() -> None:

@@ -139,9 +139,21 @@ def _sweep(args: argparse.Namespace, found: PredictedFrontier) -> str:
     assert found.halved_by is not None, "whoever asks knows how many plans"
     name = Path(args.source).name.rpartition(":")[2]
     words = ["sensitivity", "sweep", args.source, "--by", args.by, "--method", args.method]
-    words += ["--bits", ",".join(map(str, args.bits)), "--search", "frontier", "--prior", args.atlas]
+    words += ["--bits", ",".join(map(str, args.bits)), *_settings(args)]
+    words += ["--search", "frontier", "--prior", args.atlas]
     task = args.task or found.tasks[0]
     in_folder = task in (*DATASETS, *RETRIEVAL_DATASETS)  # an atlas does not know where it lies
     words += ["--task", f"{task}:FOLDER" if in_folder else task]
     words += ["--trials", found.halved_by + 1, *(["--n", found.examples] if found.examples else [])]
     return " ".join(map(shell_word, [*words, "--out", f"runs/{name}-frontier"]))
+
+
+def _settings(args: argparse.Namespace) -> list[str]:
+    """The settings of the method that were typed, as they are typed."""
+    given = {"--group": args.group, "--backend": args.backend}
+    words = [str(word) for flag, value in given.items() if value is not None for word in (flag, value)]
+    words += [] if args.symmetric is None else ["--symmetric" if args.symmetric else "--no-symmetric"]
+    words += ["--biases"] if args.biases else []
+    for name, value in args.set:
+        words += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
+    return words
