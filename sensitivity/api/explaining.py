@@ -139,13 +139,23 @@ def _numbers_and_keys(study: Study, trials: Sequence[Trial]) -> str:
 
 
 def tasks_to_explain(study: Study, asked: Sequence[str] = ()) -> list[str]:
-    """The names of tasks that a study measured: those asked for, or all; an error for others or without answers."""
+    """The names of tasks that a study measured: those asked for, or all; an error for others or without answers.
+
+    Tasks on which full precision scores 0 are left out, since no plan can damage that; an error if none is left.
+    """
     names = list(asked) or list(study.meta["tasks"])
     tasks = [find_task(name, n=1) for name in names]
     if other := [name for name, task in zip(names, tasks, strict=True) if task.name not in study.tasks]:
         raise UserError(f"{study.path} has not measured {other[0]}; choose from {', '.join(study.meta['tasks'])}")
     check_scores_apply(tasks)
-    return names
+    native = next((trial.scores for trial in study.measured() if trial.plan.is_native), {})
+    without = [one.name for one in tasks if native.get(one.name, {"mean": math.nan})["mean"] == 0]
+    said = f"full precision scores 0 on {' and '.join(without)}, so that no plan damages it"
+    if len(without) == len(tasks):
+        raise UserError(f"{said}: there is nothing to explain")
+    if without:
+        warnings.warn(f"{said}: left out", Notice, stacklevel=2)
+    return [name for name, task in zip(names, tasks, strict=True) if task.name not in without]
 
 
 def explain_plan(

@@ -21,7 +21,7 @@ from sensitivity.api import explaining
 from sensitivity.cli.main import main
 from sensitivity.cli.output.tables import print_explanation
 from sensitivity.models.processors import square_seen
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -144,6 +144,30 @@ def test_only_failures_of_the_requested_tasks_are_explained(tmp_path: Path) -> N
     assert {one.task for one in changed(study, TWO)} == {one.name for one in asked}
     for name in ("vqa", "caption"):
         assert {one.name for one in explaining._failing_tasks(study, TWO, [name], 5)} == {task(name, n=1).name}
+
+
+def test_nothing_is_explained_where_full_precision_scores_nothing(tmp_path: Path) -> None:
+    asked = [task("vqa", n=4), task("scene", n=4)]
+    scenes = {example.id for example in asked[1].examples}
+
+    def no_scene(plan: Plan, example: Example) -> str:
+        return "wrong" if example.id in scenes else given(plan, example)
+
+    study = answered.study(tmp_path / "run", asked, no_scene, ["vqa", "scene"], n=4)
+    assert study.trials()[0].scores["scene"]["mean"] == 0
+    with pytest.raises(UserError, match=r"full precision scores 0 on scene, so that no plan damages it: there is noth"):
+        explaining.tasks_to_explain(study, ["scene"])
+    with pytest.warns(Notice, match="full precision scores 0 on scene, so that no plan damages it: left out"):
+        assert explaining.tasks_to_explain(study) == ["vqa"]
+
+
+def test_a_loss_that_stays_has_no_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    integral = SimpleNamespace(change=0.0, before=0.1, after=0.1, passes=2, missing=0.0)
+    blame = SimpleNamespace(components={"vision": 0.0}, modalities={}, regions={})
+    print_explanation(explanation(integral, blame, "vqa"))
+    said = capsys.readouterr().out
+    assert "the loss of right answers stays at 0.1000 on 1 calibration example of vqa: nothing is shared out" in said
+    assert "Share of that change" not in said
 
 
 def test_what_was_explained_of_each_task_is_kept(tmp_path: Path) -> None:

@@ -217,7 +217,11 @@ def print_explanation(explained: Explanation) -> None:
         f"{counted(count, 'answer')} that got worse" if explained.of_failures else counted(count, "calibration example")
     )
     tasks = ", ".join(source["task"] for source in explained.data)
-    moves = "rises" if change > 0 else "falls" if change < 0 else "stays"
+    if not change:
+        stays = f"the loss of right answers stays at {facts.after / count:.4f} on {which} of {tasks}"
+        print(f"  {stays}: nothing is shared out")
+        return
+    moves = "rises" if change > 0 else "falls"
     print(
         f"  the loss of right answers {moves} from {facts.before / count:.4f} to {facts.after / count:.4f} on "
         f"{which} of {tasks} ({facts.passes} backward passes; the shares below miss {facts.missing:.1%} of that change)"
