@@ -152,6 +152,7 @@ def test_passes_are_bounded_and_shown_as_they_go(given: Calibrated) -> None:
     changes = plan_changes(given.vlm.model, given.parts, Plan.uniform(given.parts, given.schemes[0]), given.statistics)
     found = integrate_path(given.vlm, given.parts, changes, watched, 0.0, 6, name="loss of x")
     assert found.passes == 6
+    assert len(seen) == 6 + 3  # and the loss at both ends and in the middle
     shown = [line for line in seen if "of 6 backward passes at most" in line]
     assert shown[0] == "loss of x: 0 of 6 backward passes at most"
     assert "loss of x: 5 of 6 backward passes at most" in shown[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -81,11 +81,11 @@ def integrate_path(
     pieces miss is at most `tolerance` of the whole change. `changes` is by parameter; `counted` chooses the tokens of
     answers whose loss counts, and `name` is what progress lines call it.
     """
-    with closing(each(count(), name, "backward passes at most", max_passes)) as passes:
-        path = _Path(vlm, parts, changes, data, counted, passes)
+    with closing(each(count(), name, "backward passes at most", max_passes)) as progress:
+        path = _Path(vlm, parts, changes, data, counted, progress)
         before, after = path.loss(0.0), path.loss(1.0)
         pieces = [path.piece(0.0, 1.0)]
-        while path.passes < max_passes:
+        while _passes(pieces) < max_passes:
             missing = sum(abs(piece.missing) for piece in pieces)
             if missing <= max(tolerance * abs(after - before), MIN_SHARE * abs(before)):
                 break
@@ -96,7 +96,12 @@ def integrate_path(
     terms: Terms = {}
     for piece in sorted(pieces, key=lambda piece: piece.begin):
         _add(terms, piece.terms, 1.0)
-    return PathIntegral(before, after, terms, path.passes, path.modalities, path.prompts)
+    return PathIntegral(before, after, terms, _passes(pieces), path.modalities, path.prompts)
+
+
+def _passes(pieces: Sequence[_Piece]) -> int:
+    """The backward passes that were run: each halving left one piece more, and ran two anew."""
+    return len(NODES) * (2 * len(pieces) - 1)
 
 
 class _Path:
@@ -109,13 +114,13 @@ class _Path:
         changes: Mapping[str, Tensor],
         data: MakeBatches,
         counted: Counted | None,
-        passes: Iterator[int],
+        progress: Iterator[object],
     ) -> None:
         self.vlm, self.changes, self.data, self.counted = vlm, changes, data, counted
         # also those that do not change: then every block runs again in the backward pass, and no activations are kept
         self.weights = [weight for weight in parts.weights if not weight.is_embedding]
         self.component = {weight.name: c.name for c in parts.components for weight in c.weights}
-        self.counting, self.passes = passes, 0  # the first shows progress, the second is how many were run
+        self.progress = progress
         self.losses: dict[float, float] = {}
         self.modalities: dict[Place, Tensor | None] = {}
         self.prompts: dict[int, list[int]] = {}
@@ -138,7 +143,7 @@ class _Path:
     def gradients(self, t: float) -> Terms:
         """By how much each token of each component moves the loss as t grows."""
         terms: Terms = {}
-        self.passes = next(self.counting) + 1
+        next(self.progress)
         with moved(self.vlm.model, self.changes, t):
             for batch in self.data():
                 self._add_batch(terms, batch)
