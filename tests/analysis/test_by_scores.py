@@ -17,7 +17,7 @@ from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, agreement_of_scores
 from sensitivity.analysis.surrogate.space import Space
-from sensitivity.cli.output.tables import print_attributions
+from sensitivity.cli.output.explained_tables import print_attributions
 from sensitivity.measure.attribution.checks import Check, Checks
 from sensitivity.measure.attribution.scores import Attribution
 from sensitivity.spec.components import ComponentMap, Kept, Weight

@@ -19,7 +19,7 @@ from sensitivity.analysis.failures.gallery import MAX_EXPLAINED, changed, galler
 from sensitivity.analysis.reporting.failures_page import write
 from sensitivity.api import explaining
 from sensitivity.cli.main import main
-from sensitivity.cli.output.tables import print_explanation
+from sensitivity.cli.output.explained_tables import print_explanation
 from sensitivity.models.processors import square_seen
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Plan

@@ -8,8 +8,8 @@ from pathlib import Path
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked
+from sensitivity.cli.output.explained_tables import print_attributions, print_explanation
 from sensitivity.cli.output.progress import show_stages
-from sensitivity.cli.output.tables import print_attributions, print_explanation
 from sensitivity.spec.errors import UserError, shell_word
 
 ABOUT = "score every component from a few backward passes; or say where the damage of a measured plan comes from"

@@ -11,8 +11,9 @@ from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.arguments.model_and_tasks import loaded
 from sensitivity.cli.arguments.scheme_flags import checked, loadable_schemes
+from sensitivity.cli.output.explained_tables import print_score_costs
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
-from sensitivity.cli.output.tables import print_forecast, print_recommendation, print_score_costs
+from sensitivity.cli.output.tables import print_forecast, print_recommendation
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.kept_recommendation import Proposed
