@@ -12,7 +12,8 @@ from answered import FOUR, NATIVE, TWO
 from PIL import Image
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured
+from sensitivity.analysis.allocate.judging import judge, unmeasured
+from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.comparing.sides import side
 from sensitivity.analysis.comparing.versus import compare_sides
 from sensitivity.analysis.failures.gallery import galleries

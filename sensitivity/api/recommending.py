@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypedDict, Unpack
 
+from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
-from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation, judge, unmeasured
+from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.calibrate.statistics import Statistics

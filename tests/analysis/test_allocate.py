@@ -13,9 +13,9 @@ import pytest
 from planted import frame
 
 from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve, spend
+from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
-from sensitivity.analysis.allocate.recommendation import judge, unmeasured
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space

@@ -20,7 +20,7 @@ from browser import browser
 from PIL import Image
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.recommendation import judge, unmeasured
+from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.failures import pictures
 from sensitivity.analysis.failures.changes import changed_answers, study_of
 from sensitivity.analysis.failures.gallery import galleries

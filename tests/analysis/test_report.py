@@ -16,7 +16,8 @@ from browser import browser
 from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.recommendation import Recommendation, judge, unmeasured
+from sensitivity.analysis.allocate.judging import judge, unmeasured
+from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.page import report

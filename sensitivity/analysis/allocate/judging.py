@@ -1,0 +1,191 @@
+"""Judging measured candidates: which plan is likely best, and whether it beats the best uniform plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from sensitivity.analysis.allocate.believed import shrunk_scores, steadied_rows
+from sensitivity.analysis.allocate.budget import Candidate, as_measured
+from sensitivity.analysis.allocate.comparison import Comparison, compare_with_plan, floor_in_words, kept_of
+from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation, provenance_of
+from sensitivity.analysis.observations import observations_of
+from sensitivity.spec.errors import UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.scores import Score, summarize
+from sensitivity.study.study import Study
+
+
+def judge(
+    study: Study,
+    candidates: Sequence[Candidate],
+    rival: Candidate | None,
+    measured: Study | Mapping[str, pd.DataFrame],
+    weights: Mapping[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
+    *,
+    fresh: bool = True,
+    provenance: Provenance | None = None,
+) -> Recommendation:
+    """Choose the candidate of one budget that is likely best, and compare it with the best uniform plan, the rival.
+
+    measured: a study in which they were run, or plan key -> per-example scores (task, example, cluster, score), on
+    the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
+    default the study's first alone. floors: task -> share of full precision to keep; candidates that keep them come
+    before others. fresh: these examples had no part in finding the candidates.
+
+    Measured scores are shrunk towards predictions, since the highest of several noisy ones was partly lucky. The rival
+    is recommended only if it is clearly better than the best candidate.
+    """
+    weights = weights or {study.tasks[0]: 1.0}
+    native = Plan.uniform(study.parts, None)
+    plans = [native, *(candidate.plan for candidate in (*candidates, *([rival] if rival else [])))]
+    frames = _frames(measured, plans) if isinstance(measured, Study) else measured
+    full = {task: _full(study, frames.get(native.key), task) for task in weights}
+    rows = {plan.key: _weighed(frames[plan.key], weights, full) for plan in plans if plan.key in frames}
+    run = [c for c in candidates if c.plan.key in rows]
+    if not run:
+        return unmeasured(study, candidates, weights, provenance)
+    scores = {key: summarize(frame["score"], frame["cluster"]) for key, frame in rows.items()}
+    steadied = [
+        _weighed(one, weights, full) for one in steadied_rows(study, weights, [frames[c.plan.key] for c in run])
+    ]
+    likely = shrunk_scores([as_measured(c.predicted, weights) for c in run], steadied)
+    floors = floors if floors and native.key in frames else {}
+    kept = {plan.key: _kept(frames, plan, native, floors) for plan in plans if plan.key in rows}
+    missed = {key: sum(one[task].mean < share for task, share in floors.items()) for key, one in kept.items()}
+    best = min(zip(run, likely, strict=True), key=lambda one: (missed[one[0].plan.key], -one[1]))[0]
+    # `len(run)` corrects each interval for having picked the best of that many
+    best, against_rival, words = _against_rival(best, rival, rows, missed, len(run))
+    words += "".join(floor_in_words(task, share, kept[best.plan.key][task]) for task, share in floors.items())
+    by_task = {
+        str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")
+    }
+    run_on = (provenance or {}).get("verified", study.meta)
+    words += _at_chance({task: by_task[task] for task in weights}, full, run_on.get("chance") or {})
+    others = tuple(
+        compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
+        for c in run
+        if c.plan.key != best.plan.key
+    )
+    return Recommendation(
+        weights,
+        best.budget,
+        best.plan,
+        best.size,
+        best,
+        scores[best.plan.key],
+        scores.get(native.key),
+        against_rival,
+        others,
+        fresh,
+        words,
+        provenance_of(study) | (provenance or {}),
+        by_task,
+    )
+
+
+def _against_rival(
+    best: Candidate, rival: Candidate | None, rows: Mapping[str, pd.DataFrame], missed: Mapping[str, int], tries: int
+) -> tuple[Candidate, Comparison | None, str]:
+    """The plan to recommend, its comparison with the rival, and the verdict in words.
+
+    The rival is recommended instead where it is clearly better and misses no more floors.
+    """
+    if rival is None or rival.plan.key not in rows or rival.plan.key == best.plan.key:
+        return best, None, _without_rival(best, rival)
+    mine, theirs = rows[best.plan.key], rows[rival.plan.key]
+    found = compare_with_plan(mine, theirs, rival.plan, "the best uniform plan", tries)
+    if found.verdict != "worse":
+        return best, found, found.words
+    if missed[rival.plan.key] > missed[best.plan.key]:
+        return best, found, f"{found.words} It misses a floor that this plan keeps."
+    return rival, None, f"A uniform plan is the best choice here. {found.words}"
+
+
+def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
+    """Per-example scores of those plans that a study measured, by plan key."""
+    return {plan.key: frame for plan in plans if (frame := measured.examples(plan)) is not None}
+
+
+def _kept(
+    frames: Mapping[str, pd.DataFrame], plan: Plan, native: Plan, floors: Mapping[str, float]
+) -> dict[str, Score]:
+    """The share of full precision that a plan keeps on each task with a floor."""
+    return {
+        task: kept_of(_of_task(frames[plan.key], task), _of_task(frames[native.key], task), share)
+        for task, share in floors.items()
+    }
+
+
+def _at_chance(
+    scores: Mapping[str, Score], full: Mapping[str, float | None], chance: Mapping[str, float | None]
+) -> str:
+    """A sentence if a plan scores no better than chance on a task on which full precision does."""
+    lost = [
+        f"{task} ({score.mean:.3f}, chance {level:.3f})"
+        for task, score in scores.items()
+        if (level := chance.get(task)) is not None and score.low <= level < (full[task] or 0.0)
+    ]
+    return f" It is no better than chance at {' and '.join(lost)}: do not use it, ask for more bits." if lost else ""
+
+
+def _without_rival(best: Candidate, rival: Candidate | None) -> str:
+    """The verdict where there is no comparison with a uniform plan."""
+    if rival is None:
+        return "No uniform plan meets these conditions."
+    same = best.plan.key == rival.plan.key
+    return "A uniform plan is the best choice here." if same else "The best uniform plan was not measured."
+
+
+def unmeasured(
+    study: Study,
+    candidates: Sequence[Candidate],
+    weights: Mapping[str, float] | None = None,
+    provenance: Provenance | None = None,
+) -> Recommendation:
+    """A recommendation by prediction alone, such as from an imported table, which has no model to run."""
+    best = candidates[0]
+    return Recommendation(
+        weights or {study.tasks[0]: 1.0},
+        best.budget,
+        best.plan,
+        best.size,
+        best,
+        provenance=provenance_of(study) | (provenance or {}),
+        words="Predicted only: nothing was run to check it.",
+    )
+
+
+def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:
+    """The rows of one task, of which there must be some."""
+    rows = frame[frame["task"] == task]
+    if not len(rows):
+        raise UserError(f"no trial has a score for '{task}'")
+    return rows
+
+
+def _full(study: Study, native: pd.DataFrame | None, task: str) -> float:
+    """Full precision's score on these examples; where it was not run on them, on the study's own."""
+    return observations_of(study, task).full if native is None else float(_of_task(native, task)["score"].mean())
+
+
+def _weighed(frame: pd.DataFrame, weights: Mapping[str, float], full: Mapping[str, float]) -> pd.DataFrame:
+    """Examples of all weighted tasks, scaled so that their mean is the weighted mean of shares of full precision.
+
+    They are in one table, so that standard errors are clustered by image over all tasks: two tasks about the same
+    images are not independent evidence.
+    """
+    if len(weights) == 1:
+        return _of_task(frame, next(iter(weights)))
+    each = {task: _of_task(frame, task) for task in weights}
+    # the mean over all rows weights a task by its number of examples: that is divided out, its weight multiplied in
+    rows, total = sum(map(len, each.values())), sum(weights.values())
+    return pd.concat([
+        one.assign(
+            example=f"{task} " + one["example"].astype(str),
+            score=one["score"] * rows / len(one) * weights[task] / total / (full[task] or 1.0),
+        )
+        for task, one in each.items()
+    ])  # fmt: skip
