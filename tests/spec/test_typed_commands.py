@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sensitivity
+from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.cli.arguments.parsing import parser_of
 from sensitivity.cli.arguments.scheme_flags import loadable_schemes, schemes
 from sensitivity.cli.main import VERBS
@@ -80,6 +81,25 @@ def test_a_sweep_with_the_flags_of_a_runtime_has_something_to_measure(name: str)
     args = parser_of(VERBS, words).parse_args(words)
     parts = inspect(load("embedded:scenes-llava", config_only=True), by=args.by)
     assert loadable_schemes(args, parts, schemes(args), None)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PlanRequest((4.0,), {"vqa": 1.0}),
+        PlanRequest(
+            (4.0,), {"own task": 2.0, "vqa": 0.5}, {"vqa": 0.95}, {"*.ff": (4, 16)}, (("vision", "language"),),
+            "openvino", limits={"ms_per_token": 1.5},
+        ),
+    ],
+    ids=["a task", "all"],
+)  # fmt: skip
+def test_a_request_is_typed_as_it_was_made(request_: PlanRequest) -> None:
+    args = parser_of(VERBS).parse_args(["recommend", "study", *shlex.split(request_.typed)])
+    weights = {args.task: 1.0} if args.task else dict(args.weight)
+    assert (weights, dict(args.floor), dict(args.allow)) == (request_.weights, request_.floors, request_.allow)
+    assert (tuple(map(tuple, args.tie)), args.runtime) == (request_.tie, request_.runtime)
+    assert args.ms_per_token == request_.limits.get("ms_per_token")
 
 
 def test_paths_in_commands_are_words_of_the_shell() -> None:

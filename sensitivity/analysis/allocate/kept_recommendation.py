@@ -96,6 +96,7 @@ def what_changed_since(study: Study, recommendations: Sequence[Recommendation]) 
         f"The study has grown {how} since this was recommended; what is said of it here is what was found then."
     ]
     request = PlanRequest.from_json(asked)
+    typed = request.typed
     try:
         fresh = proposed(study, request, layer_times.read(study.path))
     except UserError as error:
@@ -110,7 +111,7 @@ def what_changed_since(study: Study, recommendations: Sequence[Recommendation]) 
         score = "; ".join(f"{task} {best.predicted[task].score:.3f}" for task in request.weights)
         sentences.append(
             f"Asked again for {bpw:g} bpw, {best.plan.describe()} is predicted to be best ({score}, not yet run): "
-            f"`sensitivity recommend {shell_word(study.path)} --bpw {bpw:g}` verifies it."
+            f"`sensitivity recommend {shell_word(study.path)} --bpw {bpw:g} {typed}` verifies it."
         )
     return sentences
 

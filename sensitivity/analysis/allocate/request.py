@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Required, TypedDict
@@ -54,6 +55,22 @@ class PlanRequest:
             "top": self.top,
         }
         return {**found, "limits": dict(self.limits)} if self.limits else found
+
+    @property
+    def typed(self) -> str:
+        """All of the request but budgets and number of candidates, as flags of `sensitivity recommend`."""
+        if len(self.weights) == 1:
+            words = ["--task", *self.weights]
+        else:
+            words = [word for task, weight in self.weights.items() for word in ("--weight", f"{task}={weight}")]
+        words += [word for task, share in self.floors.items() for word in ("--floor", f"{task}={share}")]
+        for pattern, widths in self.allow.items():
+            words += ["--allow", f"{pattern}={','.join(map(str, widths))}"]
+        words += [word for group in self.tie for word in ("--tie", ",".join(group))]
+        words += ["--runtime", self.runtime] if self.runtime else []
+        for cost, most in self.limits.items():
+            words += [f"--{cost.replace('_', '-')}", str(most)]
+        return shlex.join(words)
 
     @classmethod
     def from_json(cls, data: RequestJson) -> PlanRequest:
