@@ -60,7 +60,7 @@ def test_a_dry_run_predicts_a_study_and_writes_nothing(
 
 @pytest.mark.usefixtures("briefly_timed")
 def test_a_dry_run_for_machines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["blip2_uniform_coco", "--smoke", str(folder), "--dry-run", "--json"])
+    main(["blip2_uniform_coco", "--smoke", str(folder), "--dry-run", "--json", "--out", str(folder / "dry")])
     found = json.loads(capsys.readouterr().out)
     assert found["plans"] == 4
     assert found["total"]["seconds"] > 0
