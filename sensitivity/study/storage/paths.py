@@ -13,6 +13,7 @@ QUEUE_LOCK = "queue"  # the lock that is held while the queue is changed; the na
 # all files of a study before its first trial
 FIRST_FILES = (ADDRESS, JOURNAL, "journal.kernel-lock", "queue.kernel-lock")
 ATTRIBUTIONS = "attributions.json"  # scores of components, in a study's folder or in one of its own
+LOGS = (".log", ".txt", ".out", ".err")  # endings of files that a shell or a cluster writes a command's output to
 PLAN = "plan.json"  # the recommendation for the first budget that was asked for
 
 
@@ -22,9 +23,10 @@ def is_study(folder: Path) -> bool:
 
 
 def strangers(folder: Path) -> list[str]:
-    """The names in a folder that a study may not be begun beside: all but those of its first files, and hidden ones."""
+    """The names in a folder that a study may not be begun beside: all but its first files, hidden ones, and logs."""
     found = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
-    return [name for name in found if name not in (*FIRST_FILES, ATTRIBUTIONS) and not name.startswith(".")]
+    own = (*FIRST_FILES, ATTRIBUTIONS)
+    return [name for name in found if name not in own and not name.startswith(".") and not name.endswith(LOGS)]
 
 
 def answers_file(study: Path, key: str) -> Path:
