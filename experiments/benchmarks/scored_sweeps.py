@@ -46,9 +46,9 @@ def shuffled(scores: Scores, seed: int) -> Scores:
 
 
 def compared(
-    name: str, task: str, seed: int, n: int, test: int, trials: int, swept: pd.DataFrame
+    name: str, task: str, seed: int, n: int, test: int, trials: list[int], swept: pd.DataFrame
 ) -> Iterator[dict[str, object]]:
-    """For each expectation: the plans that a sweep of so many chooses, beside those of a sweep of 60."""
+    """For each expectation: the plans that a sweep chooses after so many trials, beside those of a sweep of 60."""
     vlm = load(f"embedded:{name}")
     parts = inspect(vlm, by="group.kind")
     with tempfile.TemporaryDirectory() as place:
@@ -56,36 +56,38 @@ def compared(
         found = scored(vlm, parts, ASKED.schemes, [task], [SCORE], ASKED.examples)
         swing, data = found.scores[0].scores, {"statistics": found.given.statistics}
         expectations: Mapping[str, Scores | None] = {NONE: None, SCORE: swing, SHUFFLED: shuffled(swing, seed)}
-        chosen: dict[str, list[Plan]] = {"60": kept(swept, found.schemes)[0]}
+        base = kept(swept, found.schemes)[0]
+        chosen: dict[tuple[str, int], list[Plan]] = {}
         seconds = {}
         for what, damages in expectations.items():
             began = time.process_time()
+            for most in sorted(trials):  # a sweep goes on where the one of fewer trials ended
 
-            def plans(study: Study, damages: Scores | None = damages) -> Iterator[Plan]:
-                if damages is not None:
-                    expected.save(study.path, damages, SCORE)
-                listed = plans_of(parts, found.schemes, "frontier", trials, seed)
-                assert callable(listed)
-                return iter(listed(study))
+                def plans(study: Study, damages: Scores | None = damages, most: int = most) -> Iterator[Plan]:
+                    if damages is not None:
+                        expected.save(study.path, damages, SCORE)
+                    listed = plans_of(parts, found.schemes, "frontier", most, seed)
+                    assert callable(listed)
+                    return iter(listed(study))
 
-            study, steps = begin_sweep(vlm, parts, plans, [task], Path(place) / what, n=n, seed=seed, **data)
-            for _ in steps:
-                pass
-            request = PlanRequest(budgets(parts, ASKED.above), {study.tasks[0]: 1.0}, top=2)
-            chosen[what] = [one.plan for one in recommend_each(study, request, vlm)]
-            seconds[what] = time.process_time() - began
-        every = list(dict.fromkeys(plan for some in chosen.values() for plan in some))
+                study, steps = begin_sweep(vlm, parts, plans, [task], Path(place) / what, n=n, seed=seed, **data)
+                for _ in steps:
+                    pass
+                request = PlanRequest(budgets(parts, ASKED.above), {study.tasks[0]: 1.0})
+                chosen[what, most] = [one.plan for one in recommend_each(study, request, vlm)]
+                seconds[what, most] = time.process_time() - began
+        every = list(dict.fromkeys(plan for some in (base, *chosen.values()) for plan in some))
         tested = sweep(vlm, parts, every, [task], Path(place) / "test", n=test, seed=TESTED, **data)
-        for what in expectations:
-            for bpw, plan, other in zip(request.bpw, chosen[what], chosen["60"], strict=True):
-                own, base = tested.examples(plan), tested.examples(other)
+        for (what, most), mine in chosen.items():
+            for bpw, plan, other in zip(request.bpw, mine, base, strict=True):
+                own = tested.examples(plan)
                 assert own is not None
-                both = own.merge(base, on="example", suffixes=("", "_base"))
+                both = own.merge(tested.examples(other), on="example", suffixes=("", "_base"))
                 gain = paired_difference(both["score"], both["score_base"], both["cluster"])
                 yield {
-                    "model": name, "task": task, "seed": seed, "n": n, "trials": trials, "expected": what, "bpw": bpw,
+                    "model": name, "task": task, "seed": seed, "n": n, "trials": most, "expected": what, "bpw": bpw,
                     "score": round(float(both["score"].mean()), 4), "to_60": round(gain.mean, 4),
-                    "se": round(gain.se, 4), "cpu_s": round(seconds[what], 1), "plan": plan.describe(),
+                    "se": round(gain.se, 4), "cpu_s": round(seconds[what, most], 1), "plan": plan.describe(),
                 }  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def page(table: pd.DataFrame) -> str:
         "group.kind, gptq at 2, 3, 4, 6, 8 bits, `--search frontier` and `recommend` at seven budgets, on 300\n"
         "examples. Differences to what a sweep of 60 plans without scores chose are of scores on 1,000 examples that\n"
         "no chooser saw; ± is a standard error over examples. `swing`: as with `--scores swing`; `shuffled`: the same\n"
-        "damages, each of another component.\n\n"
+        "damages, each of another component. A sweep of more plans goes on with that of fewer.\n\n"
         f"{summary(table)}\n"
     )
 
@@ -129,14 +131,14 @@ def main() -> None:
     for name in args.models.split(","):
         for seed in map(int, args.seeds.split(",")):
             swept = known[(known[["model", "task", "seed", "n"]] == [name, args.task, seed, args.n]).all(axis=1)]
-            for trials in map(int, args.trials.split(",")):
-                asked = ["model", "task", "seed", "trials"]
-                if len(table) and (table[asked] == [name, args.task, seed, trials]).all(axis=1).any():
-                    continue
-                more = pd.DataFrame(compared(name, args.task, seed, args.n, args.test, trials, swept))
-                table = pd.concat([table, more], ignore_index=True)
-                overwrite(TABLE, table.to_csv(index=False))
-                print(more.drop(columns="plan").to_string(), flush=True)
+            if len(table) and (table[["model", "task", "seed"]] == [name, args.task, seed]).all(axis=1).any():
+                continue
+            trials = [int(most) for most in args.trials.split(",")]
+            more = pd.DataFrame(compared(name, args.task, seed, args.n, args.test, trials, swept))
+            # read again, since another process may have added rows of its own
+            table = pd.concat([pd.read_csv(TABLE) if TABLE.exists() else table, more], ignore_index=True)
+            overwrite(TABLE, table.to_csv(index=False))
+            print(more.drop(columns="plan").to_string(), flush=True)
     overwrite(TABLE.with_suffix(".md"), page(table))
 
 

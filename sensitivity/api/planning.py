@@ -233,7 +233,7 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = predicted_shares(study, knapsack, request.weights)
     per_budget: Proposed = []
-    for bpw, (ranked, rival) in zip(request.bpw, proposed(study, request), strict=True):
+    for bpw, (ranked, rival) in zip(request.bpw, proposed(study, replace(request, top=1)), strict=True):
         plans = [trial.plan for trial in study.measured() if trial.key in scores and not trial.plan.is_native]
         plans = list(dict.fromkeys([*plans, *openings, ranked[0].plan]))
         fitting = [plan for plan in plans if _fits(study.parts, plan, bpw, request)]

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import planted
 import pytest
 
+from sensitivity.analysis.allocate.budget import Candidate, best_of_each, solve
+from sensitivity.analysis.allocate.kept_recommendation import proposed
+from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
+from sensitivity.analysis.surrogate import fitting
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Expected, Space
+from sensitivity.analysis.surrogate.surrogate import Surrogate
 from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
 from sensitivity.study.storage.expected import read
+from sensitivity.study.storage.expected import save as save_expected
 from sensitivity.study.study import Study
 
 WHOLE, FINE = (
@@ -101,38 +110,100 @@ def test_several_priors_are_averaged_and_kept_in_the_study(tmp_path: Path) -> No
     assert {scheme.bits for scheme in expected["vision"]} <= {2, 3, 4, 8}
 
 
-def steps_to(truth: np.ndarray, space: Space, sizes: PlanSizes, expected: Expected | None, seed: int) -> int:
-    """After how many plans the best measured ones, as believed, lack at most 2 % of full precision; at most 25."""
-    index = space.encode(PLANS)
+def sizes_of(space: Space) -> PlanSizes:
+    kept = size(WHOLE, Plan.uniform(WHOLE, None)).bits - sum(16 * one.numel for one in WHOLE.components)
+    bits = tuple(np.array([(o.bits if o else 16) * one.numel for o in options], dtype=float)
+                 for one, options in zip(WHOLE.components, space.choices, strict=True))  # fmt: skip
+    return PlanSizes(bits, kept, WHOLE.numel)
+
+
+def wrong_parts(right: Expected) -> Expected:
+    """The damages, each of another component."""
+    return {name: right[other] for name, other in zip(right, ("connector", "language", "vision"), strict=True)}
+
+
+def steps_to(truth: np.ndarray, expected: Expected | None, seed: int) -> int:
+    """After how many plans the best of two that `recommend` would verify lacks at most .3 %; at most 25."""
+    index, sizes = SPACE.encode(PLANS), sizes_of(SPACE)
     bpw, place = sizes.bpw(index), {tuple(row): i for i, row in enumerate(index)}
-    sampler, rows = FrontierSampler(space, sizes, seed=seed, expected=expected), list[int]()
+    sampler, rows = FrontierSampler(SPACE, sizes, seed=seed, expected=expected), list[int]()
     while len(rows) < 25:
         rows.append(place[tuple(sampler.next(index[rows], truth[rows][:, None]))])
         if len(rows) < 4:
             continue
-        best = fit_surrogate(space, index[rows], truth[rows], expected=expected).predict(index[rows])
+        ranks = [
+            np.argsort(-fit_surrogate(SPACE, index[rows], truth[rows], expected=one).predict(index))
+            for one in ([None] if expected is None else [expected, None])
+        ]
+        in_turn = np.column_stack(ranks).ravel()
         short = []
         for budget in np.arange(3.5, 8.1, 0.5):
-            fits = bpw[rows] <= budget
-            held = truth[np.array(rows)[fits][np.argmax(best[fits])]] if fits.any() else 0.0
-            short.append(truth[bpw <= budget].max() - held)
-        if np.mean(short) <= 0.02:
+            two = list(dict.fromkeys(in_turn[bpw[in_turn] <= budget].tolist()))[:2]
+            short.append(truth[bpw <= budget].max() - truth[two].max())
+        if np.mean(short) <= 0.003:
             break
     return len(rows)
 
 
-def test_a_search_needs_fewer_plans_with_a_prior_and_not_half_more_with_a_wrong_one(tmp_path: Path) -> None:
-    kept = size(WHOLE, Plan.uniform(WHOLE, None)).bits - sum(16 * one.numel for one in WHOLE.components)
-    bits = tuple(np.array([(o.bits if o else 16) * one.numel for o in options], dtype=float)
-                 for one, options in zip(WHOLE.components, SPACE.choices, strict=True))  # fmt: skip
-    sizes = PlanSizes(bits, kept, WHOLE.numel)
+def test_a_search_needs_fewer_plans_with_a_prior_and_no_more_with_a_wrong_one(tmp_path: Path) -> None:
     right = transfer_from(study(tmp_path / "s"), WHOLE, SCHEMES)
-    wrong = {name: right[other] for name, other in zip(right, ("connector", "language", "vision"), strict=True)}
     found = {
         # the median: rounding alone makes one search in ten twice as long
-        name: np.median([steps_to(planted.product(BITS), SPACE, sizes, expected, seed) for seed in range(5)])
-        for name, expected in (("right", right), ("none", None), ("wrong", wrong))
+        name: np.median([steps_to(planted.product(BITS), expected, seed) for seed in range(5)])
+        for name, expected in (("right", right), ("none", None), ("wrong", wrong_parts(right)))
     }
     assert found["right"] < found["none"]
-    # a tenth more is wanted, and missed: 13.7 plans instead of 10.3 on average over 12 seeds
-    assert found["wrong"] <= 1.5 * found["none"]
+    assert found["wrong"] <= 1.1 * found["none"]
+
+
+def test_every_second_plan_is_proposed_by_measurements_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = transfer_from(study(tmp_path / "s"), WHOLE, SCHEMES)
+    truth, index, sizes = planted.product(BITS), SPACE.encode(PLANS), sizes_of(SPACE)
+    fitted_with: list[Expected | None] = []
+
+    def fit(*args: Any, expected: Expected | None = None, **more: Any) -> Surrogate:
+        fitted_with.append(expected)
+        return fit_surrogate(*args, expected=expected, **more)
+
+    monkeypatch.setattr(fitting, "fit_surrogate", fit)
+    uniform = np.flatnonzero((index == index[:, :1]).all(axis=1)).tolist()
+    for count in range(8, 12):
+        rows = [*uniform, *(i for i in range(11, 31) if i not in uniform)][:count]
+        FrontierSampler(SPACE, sizes, expected=right).next(index[rows], truth[rows][:, None])
+    assert fitted_with == [None, right, None, right]
+
+
+def test_the_best_plan_by_measurements_alone_is_a_candidate_beside_what_was_expected(tmp_path: Path) -> None:
+    # uniform plans alone do not say which part is worth more bits, so that what is expected decides
+    rows = np.array([[bits] * 3 for bits in (2, 3, 4, 8, 16)])
+    one, request = planted.study(tmp_path / "s", {"a": planted.product}, rows=rows), PlanRequest((5.0,), {"a": 1.0})
+    ((alone, _),) = proposed(one, request)
+    measured = [scheme for scheme in SCHEMES if scheme.bits != 6]
+    worth = {"vision": 1.0, "connector": 1.0, "language": 100.0}
+    expected = {name: {s: damage * np.exp(-s.bits) for s in measured} for name, damage in worth.items()}
+    save_expected(one.path, expected, "a guess")
+    ((believing, _),) = proposed(one, replace(request, top=1))
+    ((both, _),) = proposed(one, request)
+    assert believing[0].plan != alone[0].plan  # else this study would show nothing
+    assert [c.plan for c in both[:2]] == [believing[0].plan, alone[0].plan]
+    assert [c.rank for c in both] == [0, 1, 2]
+    plans = [candidate.plan for candidate in both]
+    each = [Knapsack.of(one, ["a"], expecting=expecting).predicted(plans) for expecting in (True, False)]
+    for candidate, *predictions in zip(both, *each, strict=True):  # the interval allows for either being wrong
+        mine, scores = candidate.predicted["a"], [by["a"] for by in predictions]
+        assert mine.score == pytest.approx(np.mean([by.score for by in scores]))
+        assert (mine.low, mine.high) == (min(by.low for by in scores), max(by.high for by in scores))
+
+
+def test_a_surrogate_that_sees_no_plan_is_an_error_only_where_the_other_sees_none_either(tmp_path: Path) -> None:
+    one = study(tmp_path / "s", 12)
+    pair = [Knapsack.of(one, ["a"]), Knapsack.of(one, ["a"])]
+
+    def of_the_second(knapsack: Knapsack) -> list[Candidate]:
+        if knapsack is pair[0]:
+            raise UserError("no plan is predicted to keep a")
+        return solve(one, bpw=5, knapsack=knapsack)
+
+    assert [c.plan for c in best_of_each(pair, of_the_second, 2)] == [c.plan for c in solve(one, bpw=5, top=2)]
+    with pytest.raises(UserError, match="no plan is predicted to keep a"):
+        best_of_each(pair[:1], of_the_second, 2)

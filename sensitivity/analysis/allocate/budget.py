@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 
-from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
+from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted, mean_of
 from sensitivity.analysis.allocate.one_by_one import best_of_compared
 from sensitivity.analysis.allocate.program import Program
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, cost_in_words
@@ -256,6 +257,30 @@ def best_uniform(
         if all(predicted[task].score >= share * predicted[task].full for task, share in (floors or {}).items())
     ]
     return max(candidates, key=lambda one: mean_share(one.predicted, weights), default=None)
+
+
+def best_of_each(
+    knapsacks: Sequence[Knapsack], best: Callable[[Knapsack], list[Candidate]], top: int
+) -> list[Candidate]:
+    """The best few plans by each of these knapsacks in turn, whose surrogates may start from different expectations.
+
+    A plan's prediction is the mean of theirs, and its interval holds theirs.
+    """
+    lists, failures = [], []
+    for knapsack in knapsacks:
+        try:
+            lists.append(best(knapsack))
+        except UserError as error:  # such as a floor that one of them predicts no plan to keep
+            failures.append(error)
+    if not lists:
+        raise failures[0]
+    in_turn = {one.plan: one for ranked in zip_longest(*lists) for one in ranked if one is not None}
+    chosen = list(in_turn.values())[:top]
+    predictions = zip(*(knapsack.predicted([one.plan for one in chosen]) for knapsack in knapsacks), strict=True)
+    return [
+        replace(one, rank=rank, predicted={task: mean_of([by[task] for by in each]) for task in each[0]})
+        for rank, (one, each) in enumerate(zip(chosen, predictions, strict=True))
+    ]
 
 
 def mean_share(predicted: Mapping[str, Predicted], weights: Mapping[str, float]) -> float:

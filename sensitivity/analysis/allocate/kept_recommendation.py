@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
-from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve
+from sensitivity.analysis.allocate.budget import Candidate, best_of_each, best_uniform, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import candidates as legal_candidates
 from sensitivity.analysis.allocate.recommendation import Recommendation, RecommendationJson, digest
@@ -22,6 +23,7 @@ from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.study.storage import layer_times, paths
+from sensitivity.study.storage.expected import read as read_expected
 from sensitivity.study.study import Study
 
 Proposed = list[tuple[list[Candidate], Candidate | None]]  # for each budget
@@ -136,29 +138,35 @@ def proposed(study: Study, request: PlanRequest, times: LayerTimes | None = None
         raise UserError(f"limits on time or memory need the times of layers: {remedy}")
     limits = RunTimeLimits(times, request.limits) if times is not None and request.limits else None
     tasks = list(dict.fromkeys([*request.weights, *request.floors]))
-    knapsack = Knapsack.of(study, tasks, files_of(runtime), limits)
+    # damages that are expected may be wrong: then the best plan by what was measured alone is a candidate, too
+    with_and_without = [True, False] if request.top > 1 and read_expected(study.path) is not None else [True]
+    knapsacks = [Knapsack.of(study, tasks, files_of(runtime), limits, expecting) for expecting in with_and_without]
 
     def fits(plan: Plan) -> bool:
         return not (runtime and violations(study.parts, plan, runtime)) and all(
             allow is None or allow(*one) for one in plan.schemes
         )
 
-    proposals: Proposed = []
-    for bpw in request.bpw:
+    def best(knapsack: Knapsack, bpw: float) -> list[Candidate]:
         if runtime:
-            best = legal_candidates(
+            return legal_candidates(
                 study, runtime, bpw, None, request.top, request.weights, request.floors, allow, tie, knapsack
             )
-        else:
-            best = solve(
-                study,
-                bpw=bpw,
-                weights=request.weights,
-                floors=request.floors,
-                allowed=allow,
-                tied=tie,
-                top=request.top,
-                knapsack=knapsack,
-            )
-        proposals.append((best, best_uniform(knapsack, bpw, request.weights, request.floors, fits)))
-    return proposals
+        return solve(
+            study,
+            bpw=bpw,
+            weights=request.weights,
+            floors=request.floors,
+            allowed=allow,
+            tied=tie,
+            top=request.top,
+            knapsack=knapsack,
+        )
+
+    return [
+        (
+            best_of_each(knapsacks, partial(best, bpw=bpw), request.top),
+            best_uniform(knapsacks[0], bpw, request.weights, request.floors, fits),
+        )
+        for bpw in request.bpw
+    ]

@@ -44,6 +44,12 @@ class Predicted:
         return dict(self.__dict__)
 
 
+def mean_of(predictions: Sequence[Predicted]) -> Predicted:
+    """The mean of several predictions of one score, with an interval that holds theirs."""
+    score, full = (float(np.mean([getattr(one, name) for one in predictions])) for name in ("score", "full"))
+    return Predicted(score, min(one.low for one in predictions), max(one.high for one in predictions), full)
+
+
 @dataclass(frozen=True)
 class Knapsack:
     """What a budget can be spent on: choices, their bits (as a format stores them), and a surrogate for each task."""
@@ -58,9 +64,17 @@ class Knapsack:
 
     @classmethod
     def of(
-        cls, study: Study, tasks: Sequence[str], format: str | None = None, limits: RunTimeLimits | None = None
+        cls,
+        study: Study,
+        tasks: Sequence[str],
+        format: str | None = None,
+        limits: RunTimeLimits | None = None,
+        expecting: bool = True,
     ) -> Knapsack:
-        """The knapsack of a study: every scheme that it measured or has an expectation of, and fitted surrogates."""
+        """The knapsack of a study: every scheme that it measured or has an expectation of, and fitted surrogates.
+
+        expecting: whether surrogates start from the expected damages; if not, they know what was measured alone.
+        """
         expected = read_expected(study.path)
         space = Space.of([trial.plan for trial in study.measured()], expected)
         models = {}
@@ -74,7 +88,7 @@ class Knapsack:
                 observations.steadied,
                 replace(observations, score=observations.steadied).full,
                 observations.noises,
-                expected=expected,
+                expected=expected if expecting else None,
             )
         return replace(cls.build(study.parts, space, models, format), limits=limits)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Floats = np.ndarray
 MAX_COMPARED = 20_000  # of a space with at most so many plans, all are compared
 DRAWS = 48  # scores drawn from the surrogate, over which a gain is averaged
+MEASURED_ALONE = 2  # every second plan is proposed without what is expected, which may be wrong
 MIN_GAIN = 0.001  # a smaller predicted gain counts as none; as a share of full precision's score, times log size
 
 
@@ -104,7 +105,8 @@ class FrontierSampler(BaseSampler):
         task = int(self.draw.integers(scores.shape[1]))  # with several tasks, each plan is chosen for one of them
         native = (index == 0).all(axis=1)
         full = float(scores[native, task].mean()) if native.any() else None
-        model = fit_surrogate(self.space, index, scores[:, task], full, self.noise, expected=self.expected)
+        expected = self.expected if len(index) % MEASURED_ALONE else None
+        model = fit_surrogate(self.space, index, scores[:, task], full, self.noise, expected=expected)
         pool = self.pool(model, index)
         pool = pool[~_already_measured(pool, index)]
         if not len(pool):
