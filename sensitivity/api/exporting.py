@@ -12,6 +12,7 @@ from typing import TypedDict, Unpack
 import torch
 
 from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.allocate.kept_recommendation import files_for
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.analysis.allocate.recommendation import Recommendation
@@ -23,7 +24,7 @@ from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
 from sensitivity.formats.writing.calibrated_codes import codes as calibrated_codes
 from sensitivity.formats.writing.job import Codes, Job, codes_from_weights
 from sensitivity.formats.writing.manifest import TrialFacts
-from sensitivity.formats.writing.model_card import plan_card
+from sensitivity.formats.writing.model_card import plan_card, why_foreign_card
 from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import check_path
 from sensitivity.models.loading import load
@@ -31,9 +32,9 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.errors import UserError, shell_word, unknown
-from sensitivity.spec.files import write_atomically
+from sensitivity.spec.files import check_may_replace, write_atomically
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.plan_file import read
+from sensitivity.spec.plan_file import read, why_foreign
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.stored_bits import FILES
@@ -207,8 +208,17 @@ def _read_source(
     return study, solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0].plan, {}
 
 
+def check_may_save(study: Path, budgets: Sequence[float]) -> None:
+    """Raise an error if recommendations for these budgets, or their cards, would replace files of other origin."""
+    for file in files_for(study, budgets):
+        check_may_replace(file, why_foreign)
+        check_may_replace(paths.card_file(file), why_foreign_card)
+
+
 def write_cards(study: Study, recommendations: Sequence[Recommendation], files: Sequence[Path]) -> None:
     """Write a card beside the file of each recommended plan: what it is, how it scores, and how that was measured."""
+    for file in files:
+        check_may_replace(paths.card_file(file), why_foreign_card)
     for one, file in zip(recommendations, files, strict=True):
         facts, _ = _measured(study, one.plan)
         content = plan_card(study.parts, one.plan, facts, one.words)

@@ -111,7 +111,7 @@ def may_be_written(out: Path, format: str, force: bool, keep: Iterable[Path] = (
     if format == "plan" and out.suffix == ".json":
         if out.is_dir():
             raise UserError(f"{out} is a folder; name a file, such as {out / 'plan.json'}")
-        check_may_write(out, force, plan_json.why_foreign, keep)
+        check_may_write(out, force, plan_file.why_foreign, keep)
     else:
         check_may_write(out, force, manifest.why_foreign, [cache_folder(), *keep])
 

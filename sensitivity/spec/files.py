@@ -135,6 +135,13 @@ def check_may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Itera
         raise UserError(f"{out} is not replaced: {why}; choose another --out")
 
 
+def check_may_replace(file: Path, why_foreign: WhyForeign) -> None:
+    """Raise an error where a file with a fixed name, such as a study's plan.json, is there and is not ours."""
+    why = "it is a link" if file.is_symlink() else why_foreign(file) if file.exists() else ""
+    if why:
+        raise UserError(f"{file} is not replaced: {why}; move it away")
+
+
 def _why_never(out: Path, keep: Iterable[Path]) -> str:
     """Why nothing is ever written to a target, whatever it holds; an empty string if it is allowed."""
     if not str(out) or out == Path():

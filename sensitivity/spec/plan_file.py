@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size
@@ -36,6 +37,17 @@ def write_file(parts: ComponentMap, plan: Plan, facts: Mapping[str, object], tar
     content = json.dumps(finite(document(parts, plan, facts)), indent=2, default=str, allow_nan=False) + "\n"
     write_atomically(target, content.encode())
     return target
+
+
+def why_foreign(path: Path) -> str:
+    """Why a path is not a plan that we wrote; an empty string if it is one."""
+    if path.is_dir():
+        return "it is a folder, not a file"
+    try:
+        read(path)
+    except UserError:
+        return "it is not a plan that `sensitivity` wrote"
+    return ""
 
 
 def read(path: Path) -> tuple[str, Plan, dict[str, object]]:

@@ -79,6 +79,15 @@ def read(path: Path, name: str, remedy: str) -> Any:
     return value
 
 
+def why_foreign(path: Path, name: str) -> str:
+    """Why a file is not one that we wrote by this schema; an empty string if it is one."""
+    try:
+        read(path, name, "")
+    except UserError:
+        return "`sensitivity` did not write it"
+    return ""
+
+
 def check(value: object, name: str, what: str, remedy: str) -> None:
     """Raise an error with the first fault of a value."""
     if wrong := fault(value, schema_of(name), name):

@@ -15,6 +15,7 @@ from sensitivity.study.storage import paths
 
 MANIFEST = "sensitivity.json"  # in an export: which files were written
 VERIFIED = "verified.json"  # in an export: the result of its verification
+NAME_LENGTH = 16  # hexadecimal digits of a note's name
 BENCH = "bench.json"  # in an export: its measured time and memory, and those of full precision
 
 
@@ -23,14 +24,14 @@ def write_note(study: Path, out: Path, facts: Mapping[str, object]) -> None:
     folder = str(out.resolve())
     notes = paths.export_notes_folder(study)
     notes.mkdir(exist_ok=True)
-    target = notes / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
+    target = notes / f"{hashlib.sha256(folder.encode()).hexdigest()[:NAME_LENGTH]}.json"
     content = {"folder": folder, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **facts}
     write_atomically(target, (json.dumps(finite(content), indent=1) + "\n").encode())
 
 
 def notes_of(study: Path) -> list[dict[str, object]]:
     """All exports of a study by their notes, oldest first, each with its `state`: verified, not verified, or gone."""
-    files = sorted(paths.export_notes_folder(study).glob("*.json"))
+    files = sorted(paths.export_notes_folder(study).glob(f"{'[0-9a-f]' * NAME_LENGTH}.json"))  # others are not ours
     notes = [schema.read(file, "export", "delete it; the export itself is not touched") for file in files]
     notes.sort(key=lambda note: str(note["time"]))
     return [{"path_gain": None, **note, "state": _state(Path(note["folder"]))} for note in notes]

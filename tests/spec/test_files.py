@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import planted
 import pytest
 import readme
 import torch
@@ -23,6 +24,7 @@ from sensitivity.measure.calibrate.cache import Cache
 from sensitivity.spec import files
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import MARK, UNFINISHED, check_may_write, discard, overwrite
+from sensitivity.study.storage import expected
 
 # -- the one place that deletes ------------------------------------------------------------------------------------
 
@@ -388,9 +390,53 @@ def test_a_report_is_written_again_into_its_own_folder(study: Path, tmp_path: Pa
 
     for _ in range(2):
         assert cli.main(["report", str(study), "--out", str(tmp_path / "page")]) == 0
-    assert cli.main(["report", str(study)]) == 0
-    (study / "report" / "index.html").write_text("an earlier version")
-    assert cli.main(["report", str(study)]) == 0
+    for _ in range(2):
+        assert cli.main(["report", str(study)]) == 0
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.md", "plan-6bpw.json", "plan-6bpw.md"])
+def test_a_recommendation_replaces_no_file_of_other_origin(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sensitivity.cli import main as cli
+
+    path = planted.study(tmp_path / "study", {"vqa": planted.product}, levels=(2, 4, 8, 16)).path
+    recommend = ["recommend", str(path), "--bpw", "5,6"]
+    (path / name).write_text('{"dear": "diary"}')
+    before = seen_bytes(path)
+    assert cli.main(recommend) == 2
+    assert f"{name} is not replaced: it is not a " in capsys.readouterr().err
+    assert seen_bytes(path) == before
+    (path / name).unlink()
+    (tmp_path / "mine").write_text("dear diary")
+    (path / name).symlink_to(tmp_path / "mine")
+    assert cli.main(recommend) == 2
+    (path / name).unlink()
+    for _ in range(2):  # what an earlier run wrote is replaced
+        assert cli.main(recommend) == 0
+
+
+@pytest.mark.parametrize("name", ["index.html", "vqa-pareto.csv"])
+def test_a_report_replaces_no_file_of_other_origin(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sensitivity.cli import main as cli
+
+    path = planted.study(tmp_path / "study", {"vqa": planted.product}, levels=(4, 16)).path
+    (path / "report").mkdir()
+    (path / "report" / name).write_text("dear diary")
+    assert cli.main(["report", str(path)]) == 2
+    assert "report is not replaced: it holds other things than an earlier report" in capsys.readouterr().err
+    assert seen_bytes(path / "report") == {name: b"dear diary"}
+
+
+def test_a_study_keeps_files_with_the_names_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "expected.json").write_text("[]")
+    with pytest.raises(
+        UserError, match=r"expected\.json is not replaced: `sensitivity` did not write it; move it away"
+    ):
+        expected.save(tmp_path, {}, "weight")
+    assert (tmp_path / "expected.json").read_text() == "[]"
 
 
 def test_a_plan_replaces_a_plan_alone(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -851,6 +851,12 @@ def test_notes_of_exports(table: Path, name: str) -> None:
     refused(lambda: exports.notes_of(table), words)
 
 
+def test_a_file_beside_the_notes_of_exports_is_no_note(table: Path) -> None:
+    before = exports.notes_of(table)
+    (table / "exports" / "mine.json").write_text("[]")
+    assert exports.notes_of(table) == before
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"verdict": 5}', '{"verdict": "fine"}', "null"])
 def test_verdicts_that_are_none(table: Path, content: str) -> None:
     folder = export(table.parent / "export")

@@ -16,9 +16,10 @@ from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, check_l
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError, shell_word
+from sensitivity.spec.files import check_may_replace
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.plan_file import write_file
+from sensitivity.spec.plan_file import why_foreign, write_file
 from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
@@ -27,7 +28,7 @@ from sensitivity.study.storage.expected import read as read_expected
 from sensitivity.study.study import Study
 
 Proposed = list[tuple[list[Candidate], Candidate | None]]  # for each budget
-REPAIR = "`sensitivity recommend` writes it anew; or delete it"
+REPAIR = "move it away, and `sensitivity recommend` writes a new one"
 # keys that `recommend` writes into a plan.json; one that `export` or a user wrote lacks them
 KEYS = ("task_weights", "budget_bpw", "stored_size", "predicted", "candidates", "fresh_examples", "verdict", "by_task")
 
@@ -35,16 +36,18 @@ KEYS = ("task_weights", "budget_bpw", "stored_size", "predicted", "candidates", 
 def save(study: Study, recommendations: Sequence[Recommendation]) -> list[Path]:
     """Write recommendations with their provenance into the study's folder, the first as plan.json; return the files."""
     asked = recommendations[0].provenance.get("asked")
-    budgets = list(asked["bpw"]) if asked else [one.budget for one in recommendations]
+    files = files_for(study.path, list(asked["bpw"]) if asked else [one.budget for one in recommendations])
+    for file in files:
+        check_may_replace(file, why_foreign)
     return [
         write_file(study.parts, one.plan, {**one.to_json(), "stored_size": one.size.to_json()}, file)
-        for one, file in zip(recommendations, _files(study, budgets), strict=True)
+        for one, file in zip(recommendations, files, strict=True)
     ]
 
 
-def _files(study: Study, budgets: Sequence[float]) -> list[Path]:
-    """The file of each budget's recommendation."""
-    return [paths.recommendation_file(study.path), *(paths.recommendation_file(study.path, bpw) for bpw in budgets[1:])]
+def files_for(study: Path, budgets: Sequence[float]) -> list[Path]:
+    """The file of each budget's recommendation in a study's folder."""
+    return [paths.recommendation_file(study), *(paths.recommendation_file(study, bpw) for bpw in budgets[1:])]
 
 
 def recommended(study: Study) -> list[Recommendation]:
@@ -55,7 +58,7 @@ def recommended(study: Study) -> list[Recommendation]:
     asked = first.get("provenance", {}).get("asked")
     if asked is None:
         return []
-    first_file, *others = _files(study, asked["bpw"])
+    first_file, *others = files_for(study.path, asked["bpw"])
     saved = {first_file: first, **{file: schema.read(file, "plan", REPAIR) for file in others if file.exists()}}
     return [
         _read(study, file, cast(RecommendationJson, plan))  # checked by the schema

@@ -41,7 +41,7 @@ from sensitivity.spec.files import (
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits
 from sensitivity.study import exports
-from sensitivity.study.storage import layer_times, paths
+from sensitivity.study.storage import layer_times
 from sensitivity.study.study import Study
 
 MANY_TRIALS = 1000  # beyond, half the resamples are drawn
@@ -65,7 +65,7 @@ def report(
         'index.html'
     """
     out = Path(out)
-    check_may_write(out, True, lambda target: _why_foreign(target, study), [study.path])
+    check_may_write(out, True, _why_foreign, [study.path])
     table = study.table()
     if not len(table):
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
@@ -130,11 +130,11 @@ def _write_picture(picture: DrawnFigure, stem: Path) -> None:
     write_atomically(stem.with_suffix(".csv"), csv_bytes(picture.rows))
 
 
-def _why_foreign(out: Path, study: Study) -> str:
+def _why_foreign(out: Path) -> str:
     """Why a folder may not be replaced by a report; an empty string where it holds an earlier one."""
     if not out.is_dir():
         return "it is a file, and a folder is meant"
-    if out.resolve() == paths.report_folder(study.path).resolve() or is_unfinished(out):
+    if is_unfinished(out):
         return ""
     page = out / "index.html"
     with contextlib.suppress(OSError):

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Score, measure, verify and store a plan for each budget; or forecast that with --dry-run."""
     began = time.monotonic()
     requested = _checked(args)
+    from sensitivity.api.exporting import check_may_save
     from sensitivity.api.planning import (
         begin_plan,
         check_budgets,
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     vlm, parts, tasks = loaded(args)
     requested, request = _request(args, parts, requested)
     check_budgets(parts, requested, request)
+    check_may_save(args.out, request.bpw)
     check_tasks_fit(vlm, tasks)
     if args.dry_run:
         return _forecast(args, vlm, parts, requested, tasks)
@@ -136,7 +138,9 @@ def _verified(
 ) -> dict[str, object]:
     """Run the best plans of each budget on fresh examples; store, print and return what is recommended."""
     from sensitivity.analysis.allocate.kept_recommendation import save
+    from sensitivity.api.exporting import write_cards
     from sensitivity.api.recommending import begin_recommendation
+    from sensitivity.study.storage.paths import card_file
 
     recommendations, steps = begin_recommendation(
         study, request, vlm, proposals, n=args.n, statistics=scoring.given.statistics
@@ -144,13 +148,14 @@ def _verified(
     show_progress_in_json(steps) if args.json else show_progress(steps, "verifying")
     best = recommendations()
     files = save(study, best)
+    write_cards(study, best, files)
     measured = len(study.trials())
     if not args.json:
         print_score_costs(scoring.scores)
         print(f"{measured} plans were measured in {args.out}")
         for one, file in zip(best, files, strict=True):
             print_recommendation(one)
-            print(f"  plan: {file}")
+            print(f"  plan: {file}; its model card: {card_file(file)}")
     facts = [{**one.to_json(), "path": str(file)} for one, file in zip(best, files, strict=True)]
     costs = {one.name: {"cpu_seconds": one.seconds} for one in scoring.scores}
     return facts[0] | {"study": str(args.out), "plans_measured": measured, "scores": costs, "budgets": facts}

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.allocate.kept_recommendation import check_request, save
     from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
     from sensitivity.analysis.observations import observations_of
-    from sensitivity.api.exporting import write_cards
+    from sensitivity.api.exporting import check_may_save, write_cards
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     study = Study(args.study)
     request = _request(args, study)
     check_request(study, request)
+    check_may_save(study.path, request.bpw)
     of = study.parts, args.runtime, args.threads or 0
     times = load_kept_times(*of) if request.limits else kept_times_if_any(*of)
     if args.prior:

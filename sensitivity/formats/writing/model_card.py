@@ -20,6 +20,7 @@ COUNTED = {
     "cut": "cut off",
     "malformed": "malformed",
 }
+RECOMMENDED = "under a mixed-precision plan, recommended by sensitivity"  # by which a plan's card is known as ours
 
 
 def card(job: Job, written: Written, format: str, facts: TrialFacts) -> str:
@@ -78,6 +79,15 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     yield ""
 
 
+def why_foreign_card(file: Path) -> str:
+    """Why a file is not the card of a recommended plan that we wrote; an empty string if it is one."""
+    try:
+        ours = f" {RECOMMENDED}: " in file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        ours = False
+    return "" if ours else "it is not a model card that `sensitivity` wrote"
+
+
 def plan_card(parts: ComponentMap, plan: Plan, facts: TrialFacts, verdict: str) -> str:
     """The card of a recommended plan that is not exported yet."""
     return "\n".join(_plan_lines(parts, plan, facts, verdict))
@@ -87,7 +97,7 @@ def _plan_lines(parts: ComponentMap, plan: Plan, facts: TrialFacts, verdict: str
     """The lines of the card: plan, size, verdict, scores, and how it was measured."""
     model, weighs = escaped(Path(parts.model).name), size(parts, plan)
     yield from (f"# {model}, {escaped(plan.describe())}", "")
-    yield f"{model} under a mixed-precision plan, recommended by sensitivity: {escaped(verdict)}"
+    yield f"{model} {RECOMMENDED}: {escaped(verdict)}"
     yield from ("", "## Plan", "", "| component | method | bits | group | grid | weights | bytes |")
     yield "|---|---|---|---|---|---|---|"
     for component in parts.components:

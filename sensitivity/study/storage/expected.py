@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sensitivity.spec import schema
-from sensitivity.spec.files import write_atomically
+from sensitivity.spec.files import check_may_replace, write_atomically
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage import paths
 
@@ -23,6 +23,7 @@ def save(study: Path, expected: Expected, source: str) -> Path:
         for one, damage in schemes.items()
     ]
     file = paths.expected_file(study)
+    check_may_replace(file, lambda there: schema.why_foreign(there, "expected"))
     write_atomically(file, json.dumps({"version": 1, "from": source, "damages": damages}, indent=1).encode())
     return file
 
