@@ -115,17 +115,31 @@ def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
 def paired_difference(values: ArrayLike, base: ArrayLike, clusters: ArrayLike, tries: int = 1) -> Score:
     """The mean difference to a baseline on the same examples, with an interval by Student's t.
 
+    It ends where a difference must: scores from 0 to 1 differ by at most 1.
     tries: how many comparisons are made at once; each gets its part of the probability of an error (Bonferroni).
     """
-    x = np.asarray(values, dtype=float)
-    difference = x - np.asarray(base, dtype=float)
+    x, y = np.asarray(values, dtype=float), np.asarray(base, dtype=float)
+    difference = x - y
     mean = float(difference.mean())
     se, count = clustered_se(difference, np.asarray(clusters))
     if count > 1 and not difference.any():
         low, high = _none_differs(x, count, tries)
     else:
         low, high = _student(mean, se, count, tries)
+    if min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) <= 1:
+        low, high = max(low, -1.0), min(high, 1.0)
     return Score(mean, se, len(difference), count, low, high)
+
+
+def independent_difference(a: Score, b: Score) -> Score:
+    """B minus A where both are means of examples of their own.
+
+    By the intervals of both (Newcombe's method), which have a width even if all answers of both are right.
+    """
+    mean = b.mean - a.mean
+    low = mean - math.hypot(b.mean - b.low, a.high - a.mean)
+    high = mean + math.hypot(b.high - b.mean, a.mean - a.low)
+    return Score(mean, math.hypot(a.se, b.se), min(a.n, b.n), min(a.clusters, b.clusters), low, high)
 
 
 def task_score(rows: pd.DataFrame) -> TaskScore:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sensitivity.study.scores import clustered_se, paired_difference, summarize
+from sensitivity.study.scores import clustered_se, independent_difference, paired_difference, summarize
 
 
 def test_without_clusters_the_error_is_the_textbook_one() -> None:
@@ -64,7 +64,26 @@ def test_no_difference_in_a_few_examples_is_not_without_error() -> None:
     assert found.low == -found.high
     assert paired_difference(scores, scores, clusters, tries=3).high > found.high
     assert paired_difference(10 * scores, 10 * scores, clusters).high == pytest.approx(10 * found.high)
-    assert paired_difference(scores, scores, np.zeros(100)).high == math.inf
+    assert paired_difference(10 * scores, 10 * scores, np.zeros(100)).high == math.inf
+
+
+def test_a_difference_of_scores_from_0_to_1_is_at_most_1() -> None:
+    few = paired_difference([1.0, 1.0, 1.0], [0.0, 1.0, 1.0], list("abc"))
+    assert (few.low, few.high) == (-1, 1)
+    alone = paired_difference([1.0], [0.0], ["a"])
+    assert (alone.low, alone.high, alone.se) == (-1, 1, math.inf)
+    assert paired_difference([30.0, 10.0, 10.0], [0.0, 10.0, 10.0], list("abc")).high > 10
+
+
+@pytest.mark.parametrize(("p", "q", "n"), [(1.0, 1.0, 30), (0.98, 0.9, 60), (0.5, 0.7, 40)])
+def test_differences_of_independent_samples_cover_the_truth_and_have_a_width(p: float, q: float, n: int) -> None:
+    rng, hits, rounds = np.random.default_rng(4), 0, 400
+    for _ in range(rounds):
+        a, b = (summarize(rng.random(n) < truth, np.arange(n)) for truth in (p, q))
+        found = independent_difference(a, b)
+        assert -1 <= found.low < found.mean < found.high <= 1 or found.mean in (-1, 1)
+        hits += found.low <= q - p <= found.high
+    assert hits / rounds > 0.93
 
 
 def test_intervals_of_rare_differences_cover_them() -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from scipy import stats
 
 from sensitivity.analysis.allocate.comparison import more_examples
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEY_LENGTH, Plan
 from sensitivity.study.examples.questions import Question, Questions, read_questions
-from sensitivity.study.scores import CONFIDENCE, Score, paired_difference, summarize
+from sensitivity.study.scores import Score, independent_difference, paired_difference, summarize
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
@@ -113,7 +111,7 @@ class Pairing:
         both = both[[self.is_same(task, str(name)) for name in both["example"]]] if not self._same else both
         means = summarize(ours["score"], ours["cluster"]), summarize(theirs["score"], theirs["cluster"])
         if not len(both):
-            return Paired(task, *means, _independent(*means), 0, 0, 0)
+            return Paired(task, *means, independent_difference(*means), 0, 0, 0)
         difference = paired_difference(both["score"], both["score_a"], both["cluster"])
         worse, better = (both["score"] < both["score_a"]).sum(), (both["score"] > both["score_a"]).sum()
         return Paired(task, *means, difference, len(both), int(worse), int(better))
@@ -137,11 +135,3 @@ def _identity(asked: Question) -> tuple[object, ...]:
     """What makes two questions the same."""
     # of an image its name alone: the same data set may lie in another folder
     return asked.prompt, asked.answers, tuple(file and file.name for file in asked.images)
-
-
-def _independent(a: Score, b: Score) -> Score:
-    """The difference of two means over different examples."""
-    se, clusters = math.hypot(a.se, b.se), min(a.clusters, b.clusters)
-    half_width = math.inf if clusters < 2 else float(stats.t.ppf((1 + CONFIDENCE) / 2, clusters - 1)) * se
-    mean = b.mean - a.mean
-    return Score(mean, se, min(a.n, b.n), clusters, mean - half_width, mean + half_width)
