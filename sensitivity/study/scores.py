@@ -75,6 +75,11 @@ class Score:
             math.inf if data["high"] is None else data["high"],
         )
 
+    @property
+    def signed(self) -> str:
+        """A difference and its interval as text."""
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n})"
 

@@ -13,8 +13,9 @@ import pytest
 from answered import FOUR, NATIVE, TWO
 from browser import browser
 
-from sensitivity.analysis.comparing.sides import side
+from sensitivity.analysis.comparing.sides import side, sides
 from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare_sides
+from sensitivity.analysis.failures.changes import changed_answers
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -55,9 +56,74 @@ def test_studies_are_paired_on_the_examples_that_both_have_seen(pair: tuple[Stud
     assert row.paired.to_wrong == (theirs[both] < ours[both]).sum() > 0 == row.paired.to_right
     assert row.paired.words.startswith("B scores clearly lower on vqa")
     assert (row.paired.a.mean, row.paired.b.mean) == pytest.approx((ours.mean(), theirs.mean()))
+    a, b = row.paired.compared
+    assert b.mean - a.mean == pytest.approx(row.paired.difference.mean), "the scores beside it are of the same examples"
     full = found.rows[0].paired
     assert full.difference.mean == 0
     assert full.words.startswith("No difference is shown")
+
+
+def test_what_budgets_show_is_said(pair: tuple[Study, Study]) -> None:
+    """Full precision alone says nothing of the plans that a comparison is about."""
+    found = compare_sides(side(str(pair[0].path)), side(str(pair[1].path)))
+    lines = [row for row in found.rows if "within" in row.what]
+    assert any(row.paired.difference.high < 0 for row in lines)
+    (line,) = (line for line in found.words if line.startswith("vqa, the best plan of each within a budget: "))
+    for row in lines:
+        budget, difference = row.what.removeprefix("best within "), row.paired.difference
+        assert f"{budget} ({difference.signed})" in line if difference.high < 0 else budget in line
+    assert "B scores clearly lower within " in line
+
+
+def test_a_plan_or_study_against_itself_does_not_differ_and_is_said(pair: tuple[Study, Study]) -> None:
+    study, plan = str(pair[0].path), f"{pair[0].path}:{FOUR.key[:8]}"
+    for a, b, what in ((study, study, "study"), (study, plan, "plan of the same study"), (plan, plan, "plan of the")):
+        found = compare_sides(side(a), side(b))
+        assert found.notes[0].startswith(f"A and B are the same {what}")
+        assert {(row.paired.difference.low, row.paired.difference.high) for row in found.rows} == {(0, 0)}
+    assert found.words == ["The plans: No difference is shown on vqa: +0.000 [+0.000, +0.000], 200 paired examples."]
+    assert compare_sides(side(study), side(study)).words[-1] == "vqa: 2 plans measured by both, with equal scores."
+    two = f"{pair[0].path}:{TWO.key[:8]}"
+    assert compare_sides(side(plan), side(two)).notes == ()
+
+
+def test_plans_are_paired_on_fresh_examples_if_one_ran_only_there(tmp_path: Path) -> None:
+    made = answered.study(tmp_path / "run", [task("vqa", n=20)], worse(4), ["vqa"], n=20, plans=[NATIVE, TWO])
+    fresh = paths.verification_folder(made.path)
+    answered.study(fresh, [task("vqa", n=20, seed=1)], worse(4), ["vqa"], n=20, seed=1, plans=[NATIVE, FOUR])
+    native, four, two = (f"{made.path}:{plan.key[:8]}" for plan in (NATIVE, FOUR, TWO))
+    for a, b in ((native, four), (four, native)):
+        assert [one.study.path for one in sides(a, b)] == [fresh, fresh]
+        (row,) = compare_sides(*sides(a, b)).rows
+        assert row.paired.shared == 20
+    assert [one.study.path for one in sides(native, two)] == [made.path, made.path]
+    assert [one.study.path for one in sides(str(made.path), four)] == [fresh, fresh]
+    unpaired = compare_sides(*sides(two, four)).rows[0].paired
+    assert (unpaired.shared, unpaired.compared) == (0, (unpaired.a, unpaired.b))
+    assert unpaired.difference.low < unpaired.difference.mean < unpaired.difference.high
+
+
+def test_the_page_of_two_plans_shows_gains_as_well_as_losses(tmp_path: Path) -> None:
+    """Of 100 answers that differ, two are losses; answers that differ with equal scores come last."""
+
+    def given(plan: Plan, example: Example) -> str:
+        number = int(example.id.split("-")[1])
+        right = number in (5, 9) if plan.key == TWO.key else number not in (5, 9)
+        return example.answers[0] if right or plan.is_native else f"wrong {plan.key[:2] if number < 3 else ''}"
+
+    image = np.zeros((4, 4, 3), np.uint8)
+    own = Task(
+        "own", tuple(Example(f"x-{i}", f"x-{i}", "all", image, f"is {i} it?", ("yes",)) for i in range(40)), exact
+    )
+    made = answered.study(tmp_path / "run", [own], given)
+    out = tmp_path / "page.html"
+    assert main(["compare", *(f"{made.path}:{plan.key}" for plan in (TWO, FOUR)), "--out", str(out)]) == 0
+    before, after = made.examples(TWO), made.examples(FOUR)
+    assert before is not None
+    assert after is not None
+    costs = [one.cost for one in changed_answers(after, before, {}, both_ways=True)]
+    assert costs == [1, -1, 1, *[-1] * 37]
+    assert "40 answers changed, those whose scores differ most first, losses and gains in turn" in out.read_text()
 
 
 def test_how_many_examples_each_mean_and_the_difference_are_of_is_shown(
@@ -162,7 +228,7 @@ def test_of_many_plans_that_both_measured_those_are_shown_that_differ_most(tmp_p
     assert clear > 0
     assert (
         f"12 plans measured by both, of which the 5 that differ most are shown; B scores clearly lower with {clear} of"
-        in found.words[1]
+        in found.words[-1]
     )
     assert len(found.to_json()["rows"]) == len(found.rows)  # type: ignore[arg-type]
     same = compare_sides(side(str(tmp_path / "a")), side(str(tmp_path / "a")))

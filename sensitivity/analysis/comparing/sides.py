@@ -56,24 +56,55 @@ def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
         raise
 
 
+def sides(a_text: str, b_text: str) -> tuple[Side, Side]:
+    """Both sides; if one is of a verification on fresh examples, the other too where that measured its plan.
+
+    Full precision and some plans run on a study's own examples and on the fresh ones; only on the same they pair.
+    """
+    a, b = side(a_text), side(b_text)
+    if paths.is_verification(a.study.path) == paths.is_verification(b.study.path):
+        return a, b
+    return (a, _verified(b, a)) if paths.is_verification(a.study.path) else (_verified(a, b), b)
+
+
+def _verified(one: Side, other: Side) -> Side:
+    """One side as its study's verification measured it; itself where that has no such plan."""
+    plan, fresh = one.plan or other.plan, paths.verification_folder(one.study.path)
+    if plan is not None and paths.is_study(fresh):
+        verified = Study(fresh)
+        if any(trial.key == plan.key for trial in verified.measured()):
+            return Side(verified, plan)
+    return one
+
+
 @dataclass(frozen=True)
 class Paired:
     """A task's scores on both sides, and B minus A: paired where both have seen the same examples, else unpaired."""
 
     task: str
-    a: Score
+    a: Score  # on all examples that A has seen
     b: Score
     difference: Score
-    shared: int  # examples that both have seen; with 0, the difference is that of independent samples
+    on_shared: tuple[Score, Score] | None  # A's and B's on the examples that both have seen; None if there are none
     to_wrong: int
     to_right: int
+
+    @property
+    def shared(self) -> int:
+        """How many examples both have seen; with 0, the difference is that of independent samples."""
+        return self.on_shared[0].n if self.on_shared else 0
+
+    @property
+    def compared(self) -> tuple[Score, Score]:
+        """A's and B's score, of which the difference is the difference."""
+        return self.on_shared or (self.a, self.b)
 
     @property
     def words(self) -> str:
         """The verdict as a sentence."""
         d = self.difference
         paired = f"{d.n:,} paired examples" if self.shared else "unpaired: they have seen other examples"
-        interval = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {paired}"
+        interval = f"{d.signed}, {paired}"
         if d.low > 0:
             return f"B scores clearly higher on {self.task}: {interval}."
         if d.high < 0:
@@ -88,6 +119,7 @@ class Paired:
             "task": self.task,
             "a": self.a.to_json(),
             "b": self.b.to_json(),
+            "on_shared": self.on_shared and {"a": self.on_shared[0].to_json(), "b": self.on_shared[1].to_json()},
             "difference": self.difference.to_json(),
             "paired_examples": self.shared,
             "to_wrong": self.to_wrong,
@@ -101,24 +133,25 @@ class Pairing:
 
     def __init__(self, a: Study, b: Study) -> None:
         self.a, self.b = a, b
-        self._same = a.path.resolve() == b.path.resolve()
+        self.same_study = a.path.resolve() == b.path.resolve()
         self._asked: tuple[Questions, Questions] | None = None
 
     def paired(self, a: pd.DataFrame, b: pd.DataFrame, task: str) -> Paired:
         """Both sides' scores on a task, and their difference."""
         ours, theirs = a[a["task"] == task], b[b["task"] == task]
         both = ours.merge(theirs, on="example", suffixes=("_a", ""))
-        both = both[[self.is_same(task, str(name)) for name in both["example"]]] if not self._same else both
+        both = both[[self.is_same(task, str(name)) for name in both["example"]]] if not self.same_study else both
         means = summarize(ours["score"], ours["cluster"]), summarize(theirs["score"], theirs["cluster"])
         if not len(both):
-            return Paired(task, *means, independent_difference(*means), 0, 0, 0)
+            return Paired(task, *means, independent_difference(*means), None, 0, 0)
+        on_shared = summarize(both["score_a"], both["cluster"]), summarize(both["score"], both["cluster"])
         difference = paired_difference(both["score"], both["score_a"], both["cluster"])
         worse, better = (both["score"] < both["score_a"]).sum(), (both["score"] > both["score_a"]).sum()
-        return Paired(task, *means, difference, len(both), int(worse), int(better))
+        return Paired(task, *means, difference, on_shared, int(worse), int(better))
 
     def is_same(self, task: str, example: str) -> bool:
         """Whether an example of both studies is the same question about the same image."""
-        if self._same or self._data(self.a, task) == self._data(self.b, task) is not None:
+        if self.same_study or self._data(self.a, task) == self._data(self.b, task) is not None:
             return True
         if self._asked is None:
             self._asked = read_questions(self.a.path, self.a.meta), read_questions(self.b.path, self.b.meta)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sensitivity.analysis.comparing.sides import Paired, Pairing, Side
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.counting import count
 from sensitivity.study.racing import frontier_trials
+from sensitivity.study.scores import Score
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
 
 SAME = "the same plan"
+BEST = "best within "  # and a budget in bits per weight
 MAX_ROWS = 5  # most rows of plans that both have measured; those that differ most are shown
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)  # bits per weight at which frontiers are compared
 
@@ -63,18 +65,15 @@ class Versus:
 
     @property
     def words(self) -> list[str]:
-        """The conclusion for each task: on full precision or the two plans, and on all plans that both measured."""
+        """The conclusion for each task: on full precision or the two plans, on budgets, and on plans of both."""
         lines = []
         for task in self.tasks:
             first = next(row for row in self.rows if row.paired.task == task)
             lines.append(f"{first.what[:1].upper()}{first.what[1:]}: {first.paired.words}")
-            if same := [row.paired.difference for row in self._same(task)]:
-                lower, higher = sum(one.high < 0 for one in same), sum(one.low > 0 for one in same)
-                which = f", of which the {MAX_ROWS} that differ most are shown" if len(same) > MAX_ROWS else ""
-                lines.append(
-                    f"{task}: {count(len(same), 'plan')} measured by both{which}; B scores clearly lower with {lower} "
-                    f"of them and clearly higher with {higher} (by chance alone one in 20 would seem clear)."
-                )
+            if budgets := [row for row in self.rows if row.what.startswith(BEST) and row.paired.task == task]:
+                lines.append(_on_budgets(task, budgets))
+            if same := self._same(task):
+                lines.append(_on_same_plans(task, [row.paired.difference for row in same]))
         return lines
 
     @property
@@ -91,13 +90,44 @@ class Versus:
         return {"a": self.a, "b": self.b, "rows": rows, "words": self.words, "notes": list(self.notes)}
 
 
+def _on_budgets(task: str, rows: list[Row]) -> str:
+    """Within which budgets B's best plan is clearly higher or lower than A's, and within which neither is."""
+    every = [(row.what.removeprefix(BEST), row.paired.difference) for row in rows]
+    higher = [f"{budget} ({d.signed})" for budget, d in every if d.low > 0]
+    lower = [f"{budget} ({d.signed})" for budget, d in every if d.high < 0]
+    unclear = [budget for budget, d in every if d.low <= 0 <= d.high]
+    found = (
+        f"{what} within {', '.join(budgets)}"
+        for what, budgets in (
+            ("B scores clearly higher", higher),
+            ("B scores clearly lower", lower),
+            ("no difference is shown", unclear),
+        )
+        if budgets
+    )
+    return f"{task}, the best plan of each within a budget: {'; '.join(found)}."
+
+
+def _on_same_plans(task: str, differences: list[Score]) -> str:
+    """What the plans that both measured say."""
+    measured = f"{task}: {count(len(differences), 'plan')} measured by both"
+    if not (differing := sum(one.mean != 0 for one in differences)):
+        return f"{measured}, with equal scores."
+    which = f", of which the {MAX_ROWS} that differ most are shown" if differing > MAX_ROWS else ""
+    lower, higher = sum(one.high < 0 for one in differences), sum(one.low > 0 for one in differences)
+    return (
+        f"{measured}{which}; B scores clearly lower with {lower} of them and clearly higher with {higher} "
+        "(by chance alone one in 20 would seem clear)."
+    )
+
+
 def compare_sides(a: Side, b: Side) -> Versus:
     """Compare two sides, B against A; if only one names a plan, the other side is the same plan of its study."""
     tasks = [task for task in a.study.tasks if task in b.study.tasks]
     if not tasks:
         ours, theirs = ", ".join(a.study.tasks), ", ".join(b.study.tasks)
         raise UserError(f"they share no task: {a.name} has {ours}, and {b.name} has {theirs}")
-    notes = list(_notes(a.study, b.study))
+    notes = list(_notes(a, b))
     pairing = Pairing(a.study, b.study)
     if a.plan or b.plan:
         plan_a, plan_b = a.plan or _same(a.study, b), b.plan or _same(b.study, a)
@@ -109,8 +139,12 @@ def compare_sides(a: Side, b: Side) -> Versus:
     return Versus(a.name, b.name, tuple(rows), tuple(notes))
 
 
-def _notes(a: Study, b: Study) -> Iterator[str]:
+def _notes(first: Side, second: Side) -> Iterator[str]:
     """Sentences on what differs between the studies besides their plans."""
+    a, b = first.study, second.study
+    if Pairing(a, b).same_study and (None in (first.plan, second.plan) or first.plan == second.plan):
+        what = "plan of the same study" if first.plan or second.plan else "study"
+        yield f"A and B are the same {what}; two plans of one study are compared as STUDY:KEY and STUDY:KEY"
     for what in ("model", "dtype", "n", "seed"):
         ours, theirs = a.meta.get(what), b.meta.get(what)
         if ours != theirs:
@@ -139,7 +173,7 @@ def _of_studies(pairing: Pairing, task: str) -> Iterator[Row]:
         if best is None or rival is None or (best.key, rival.key) == before:
             continue
         before = best.key, rival.key
-        yield from _row(pairing, task, f"best within {bpw:g} bpw", best.plan, rival.plan)
+        yield from _row(pairing, task, f"{BEST}{bpw:g} bpw", best.plan, rival.plan)
     known = {trial.key for trial in b.measured()}
     for trial in a.measured():
         if trial.key in known and not trial.plan.is_native:
@@ -157,7 +191,10 @@ def _row(pairing: Pairing, task: str, what: str, a: Plan, b: Plan) -> Iterator[R
     ours, theirs = pairing.a.examples(a), pairing.b.examples(b)
     if ours is not None and theirs is not None:
         sizes = (_bpw(pairing.a, a), _bpw(pairing.b, b))
-        yield Row(what, a, b, *sizes, pairing.paired(ours, theirs, task))
+        paired = pairing.paired(ours, theirs, task)
+        if pairing.same_study and a.key == b.key:  # a plan does not differ from itself
+            paired = replace(paired, difference=replace(paired.difference, low=0.0, high=0.0))
+        yield Row(what, a, b, *sizes, paired)
 
 
 def _bpw(study: Study, plan: Plan) -> float:

@@ -59,11 +59,12 @@ class Change:
 
 
 def changed_answers(
-    after: pd.DataFrame, before: pd.DataFrame, asked: Questions, task: str = "", kind: str = ""
+    after: pd.DataFrame, before: pd.DataFrame, asked: Questions, task: str = "", kind: str = "", both_ways: bool = False
 ) -> list[Change]:
     """All examples that both plans have seen and whose answers or scores differ, those that cost most first.
 
-    Among equal costs, the example whose right answer lost the most likelihood comes first.
+    Among equal costs, the example whose right answer lost the most likelihood comes first. `both_ways`: those whose
+    scores differ most come first, and among equal ones losses and gains in turn.
     """
     both = before.merge(after, on=["task", "example"], suffixes=("_before", ""))
     both = _chosen(_chosen(both, "task", task), "kind", kind)
@@ -71,6 +72,10 @@ def changed_answers(
     lost = (both["nll"] - both["nll_before"]).fillna(0.0)
     order = both.assign(cost=both["score_before"] - both["score"], lost=lost)
     order = order.sort_values(["cost", "lost", "task", "example"], ascending=[False, False, True, True])
+    if both_ways:
+        turn = order.groupby("cost").cumcount()
+        order = order.assign(size=order["cost"].abs(), turn=turn)
+        order = order.sort_values(["size", "turn", "cost"], ascending=[False, True, False])
     return list(_changes(order, asked))
 
 

@@ -57,6 +57,7 @@ class FailureGallery:
     cards: tuple[Card, ...]
     notes: tuple[str, ...]
     other: str = "this plan"
+    order: str = "those that cost most first"
     causes: tuple[tuple[str, int], ...] = ()  # how many answers each part mends, over all examples
     unexplained: int = 0  # how many answers got worse without a measured cause
     ask: str = ""  # the command that measures their causes

@@ -8,7 +8,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from sensitivity.analysis.comparing.sides import Pairing, Side
-from sensitivity.analysis.comparing.versus import Row, Versus
+from sensitivity.analysis.comparing.versus import BEST, Row, Versus
 from sensitivity.analysis.failures.changes import changed_answers
 from sensitivity.analysis.failures.gallery import Card, FailureGallery, notes_on
 from sensitivity.analysis.failures.pictures import Pictures
@@ -51,7 +51,7 @@ def _frontiers(a: Side, b: Side, comparison: Versus, task: str) -> tuple[str, Ma
 
 def _frontiers_alt(comparison: Versus, task: str) -> str:
     """The text alternative: what both reach within each budget."""
-    best = [row for row in comparison.rows if row.what.startswith("best") and row.paired.task == task]
+    best = [row for row in comparison.rows if row.what.startswith(BEST) and row.paired.task == task]
     reached = (
         f"{row.what.removeprefix('best ')} A {row.paired.a.mean:.3f} and B {row.paired.b.mean:.3f}" for row in best
     )
@@ -66,8 +66,11 @@ def _gallery(a: Side, b: Side, row: Row) -> FailureGallery:
     pairing = Pairing(a.study, b.study)
     names = zip(after["task"], after["example"], strict=True)
     after = after[[pairing.is_same(str(task), str(example)) for task, example in names]]
-    every = changed_answers(after, before, read_questions(b.study.path, b.study.meta))
+    every = changed_answers(after, before, read_questions(b.study.path, b.study.meta), both_ways=True)
     pictures = Pictures(b.study.meta)
     cards = tuple(Card(one, tuple(pictures.of(one))) for one in every[:MAX_EXAMPLES])
     counts = tuple(counts_by_kind(after, before))
-    return FailureGallery("Answers that differ", row.b, "A", counts, len(every), cards, tuple(notes_on(cards)), "B")
+    return FailureGallery(
+        "Answers that differ", row.b, "A", counts, len(every), cards, tuple(notes_on(cards)), "B",
+        order="those whose scores differ most first, losses and gains in turn",
+    )  # fmt: skip

@@ -44,6 +44,11 @@ def verification_folder(study: Path) -> Path:
     return study / "verify"
 
 
+def is_verification(study: Path) -> bool:
+    """Whether a study is the verification of another one."""
+    return study.resolve() == verification_folder(study.resolve().parent) and is_study(study.resolve().parent)
+
+
 def ranking_file(study: Path, digest: str) -> Path:
     """A cached ranking, by a hash of all that it depends on."""
     return study / "rankings" / f"{digest}.json"

@@ -34,13 +34,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Compare, print the rows, and write the page with --out."""
-    from sensitivity.analysis.comparing.sides import side
+    from sensitivity.analysis.comparing.sides import sides
     from sensitivity.analysis.comparing.versus import compare_sides
     from sensitivity.analysis.reporting import comparison_page
 
     if args.out is not None:
         comparison_page.check(args.out)
-    a, b = side(args.a), side(args.b)
+    a, b = sides(args.a, args.b)
     comparison = compare_sides(a, b)
     if args.out is not None:
         comparison_page.write(args.out, a, b, comparison)
@@ -55,8 +55,10 @@ def _show(comparison: Versus) -> None:
     """Print the comparison: a row for each pair of plans, and what to conclude for each task."""
     for note in comparison.notes:
         print(f"note: {note}")
+    paired = "" if all(row.paired.shared for row in comparison.shown) else "; unpaired: of all that each has seen"
     print_table(
-        f"A: {comparison.a}; B: {comparison.b} (B minus A on the examples that both have seen, with 95 % intervals)",
+        f"A: {comparison.a}; B: {comparison.b} (scores, and B minus A with 95 % intervals, on the examples that both "
+        f"have seen{paired})",
         HEADS,
         [_cells(row) for row in comparison.shown],
     )
@@ -66,15 +68,16 @@ def _show(comparison: Versus) -> None:
 
 def _cells(row: Row) -> tuple[object, ...]:
     one, d = row.paired, row.paired.difference
+    a, b = one.compared
     unpaired = "" if one.shared else " unpaired"
     changes = (one.to_wrong, one.to_right) if one.shared else ("–", "–")
     return (
         row.what,
         one.task,
-        f"{one.a.mean:.3f} at {row.a_bpw:.2f}",
-        f"{one.b.mean:.3f} at {row.b_bpw:.2f}",
+        f"{a.mean:.3f} at {row.a_bpw:.2f}",
+        f"{b.mean:.3f} at {row.b_bpw:.2f}",
         f"{one.a.n:,}/{one.b.n:,}/{one.shared:,}",
-        f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{unpaired}",
+        f"{d.signed}{unpaired}",
         *changes,
         row.a.describe(),
         row.b.describe() if row.b.key != row.a.key else "the same",
