@@ -13,7 +13,7 @@ import pytest
 from answered import FOUR, NATIVE, TWO
 from browser import browser
 
-from sensitivity.analysis.comparing.sides import side, sides
+from sensitivity.analysis.comparing.sides import both_sides, side
 from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare_sides
 from sensitivity.analysis.failures.changes import changed_answers
 from sensitivity.cli.main import main
@@ -93,12 +93,12 @@ def test_plans_are_paired_on_fresh_examples_if_one_ran_only_there(tmp_path: Path
     answered.study(fresh, [task("vqa", n=20, seed=1)], worse(4), ["vqa"], n=20, seed=1, plans=[NATIVE, FOUR])
     native, four, two = (f"{made.path}:{plan.key[:8]}" for plan in (NATIVE, FOUR, TWO))
     for a, b in ((native, four), (four, native)):
-        assert [one.study.path for one in sides(a, b)] == [fresh, fresh]
-        (row,) = compare_sides(*sides(a, b)).rows
+        assert [one.study.path for one in both_sides(a, b)] == [fresh, fresh]
+        (row,) = compare_sides(*both_sides(a, b)).rows
         assert row.paired.shared == 20
-    assert [one.study.path for one in sides(native, two)] == [made.path, made.path]
-    assert [one.study.path for one in sides(str(made.path), four)] == [fresh, fresh]
-    unpaired = compare_sides(*sides(two, four)).rows[0].paired
+    assert [one.study.path for one in both_sides(native, two)] == [made.path, made.path]
+    assert [one.study.path for one in both_sides(str(made.path), four)] == [fresh, fresh]
+    unpaired = compare_sides(*both_sides(two, four)).rows[0].paired
     assert (unpaired.shared, unpaired.compared) == (0, (unpaired.a, unpaired.b))
     assert unpaired.difference.low < unpaired.difference.mean < unpaired.difference.high
 

@@ -56,7 +56,7 @@ def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
         raise
 
 
-def sides(a_text: str, b_text: str) -> tuple[Side, Side]:
+def both_sides(a_text: str, b_text: str) -> tuple[Side, Side]:
     """Both sides; if one is of a verification on fresh examples, the other too where that measured its plan.
 
     Full precision and some plans run on a study's own examples and on the fresh ones; only on the same they pair.

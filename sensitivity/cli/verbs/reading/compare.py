@@ -34,13 +34,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Compare, print the rows, and write the page with --out."""
-    from sensitivity.analysis.comparing.sides import sides
+    from sensitivity.analysis.comparing.sides import both_sides
     from sensitivity.analysis.comparing.versus import compare_sides
     from sensitivity.analysis.reporting import comparison_page
 
     if args.out is not None:
         comparison_page.check(args.out)
-    a, b = sides(args.a, args.b)
+    a, b = both_sides(args.a, args.b)
     comparison = compare_sides(a, b)
     if args.out is not None:
         comparison_page.write(args.out, a, b, comparison)
