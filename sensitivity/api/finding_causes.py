@@ -57,7 +57,7 @@ def _tasks(study: Study, failed: Sequence[Change]) -> list[Task]:
         if name not in known:
             raise UserError(f"the data of {name} are not where they were, or were changed: nothing can be run on them")
         if known[name].gallery:
-            raise UserError(f"{name} ranks each image among all others: single ones cannot be run; choose --task")
+            raise UserError(f"{name} ranks each image among all others: no single one can be run")
     return list(known.values())
 
 

@@ -66,6 +66,11 @@ def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, who
     return replace(named, exact=False) if whole else named
 
 
+def retrieval_among(sources: Sequence[str]) -> set[str]:
+    """The names of those tasks that rank images and captions among all others, instead of answering each example."""
+    return {source.partition(":")[0] for source in sources} & {*RETRIEVAL_TASKS, *RETRIEVAL_DATASETS}
+
+
 def check_distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
     """Raise an error if two tasks have the same name, under which their scores are stored."""
     for i, (one, source) in enumerate(zip(tasks, sources, strict=True)):

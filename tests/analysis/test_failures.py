@@ -251,8 +251,37 @@ def test_a_report_with_sixty_pictures_stays_small_and_quick(whole: bool, tmp_pat
 
 def test_an_imported_table_has_no_answers(tmp_path: Path) -> None:
     made = planted.study(tmp_path / "table", {"vqa": planted.product}, levels=(4, 16))
-    with pytest.raises(UserError, match=r"has no answers of the plan .* and of full precision"):
+    with pytest.raises(UserError, match=r"has no answers to single examples, .* imported and a study that was shared"):
         study_of(made, made.trials()[0].plan)
+
+
+def test_a_plan_that_was_predicted_and_not_run_is_no_dead_end(study: Study) -> None:
+    predicted = planted.plan(planted.PARTS, [2, 4, 4])
+    with pytest.raises(UserError, match=r"was not run. `recommend` without --no-run runs .*; --plan KEY names one"):
+        study_of(study, predicted)
+
+
+def test_it_is_said_on_which_examples_a_plan_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = answered.study(tmp_path / "run", [task("vqa", n=20)], given, ["vqa"], n=20)
+    verified = paths.verification_folder(made.path)
+    answered.study(verified, [task("vqa", n=20, seed=1)], given, ["vqa"], n=20, seed=1, plans=(NATIVE, FOUR))
+    out = tmp_path / "failures.html"
+    for plan, where in ((FOUR, "verification"), (TWO, "sweep")):
+        assert main(["failures", str(made.path), "--plan", plan.key, "--out", str(out)]) == 0
+        assert f"on the examples of the {where} (changes" in capsys.readouterr().out
+        assert f"What breaks first, on the examples of the {where}" in out.read_text()
+
+
+def test_no_cause_is_offered_where_images_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank is one among all images: no example can be run alone."""
+    name = replace(task("vqa", n=20), name="retrieval")
+    made = answered.study(tmp_path / "run", [name], given, ["retrieval"], n=20)
+    assert main(["failures", str(made.path), "--plan", TWO.key]) == 0
+    out = capsys.readouterr().out
+    assert "Changed answers" in out
+    assert "--causes" not in out
+    assert main(["failures", str(made.path), "--plan", TWO.key, "--causes"]) == 2
+    assert "no single one can be run to find a cause" in capsys.readouterr().err
 
 
 def test_the_verb(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

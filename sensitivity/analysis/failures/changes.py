@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, shell_word, unknown
 from sensitivity.spec.plan import Plan
 from sensitivity.study.examples.questions import Question, Questions
 from sensitivity.study.storage import paths
@@ -111,7 +111,13 @@ def study_of(study: Study, plan: Plan) -> Study:
     for one in places:
         if one.examples(plan) is not None and one.examples(one.native) is not None:
             return one
+    if all(study.examples(trial.plan) is None for trial in study.measured()):
+        raise UserError(
+            f"{study.path} has no answers to single examples, which could be compared; a table that was imported and a "
+            "study that was shared hold means alone"
+        )
     raise UserError(
-        f"{study.path} has no answers of the plan {plan.describe()} and of full precision, so that nothing can be "
-        "compared example by example; a table that was imported has none"
+        f"{study.path} has no answers of the plan {plan.describe()} and of full precision: one of them was not run. "
+        "`recommend` without --no-run runs a plan that it recommends; --plan KEY names one that was measured "
+        f"(`sensitivity table {shell_word(study.path)} --out plans.csv` lists them)"
     )

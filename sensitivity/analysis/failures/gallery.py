@@ -16,6 +16,7 @@ from sensitivity.study.counting import count
 from sensitivity.study.examples.questions import read_questions
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Example
+from sensitivity.tasks.table import retrieval_among
 
 MAX_EXPLAINED = 6  # calibration examples that are shown
 MAX_TEXT = 400  # characters of a question or an answer on a card
@@ -59,7 +60,7 @@ class FailureGallery:
     other: str = "this plan"
     order: str = "those that cost most first"
     causes: tuple[tuple[str, int], ...] = ()  # how many answers each part mends, over all examples
-    unexplained: int = 0  # how many answers got worse without a measured cause
+    unexplained: int = 0  # how many answers got worse without a measured cause, where one could be measured
     ask: str = ""  # the command that measures their causes
     part: str = ""  # only answers that this part mends are shown
     explained: tuple[Explained, ...] = ()
@@ -124,7 +125,10 @@ def gallery_of(
     # a task with one kind of question has no row for the kind
     counts = [row for row in counts if not kind or row["kind"] == kind] or counts
     notes = tuple(notes_on(cards)) if pictures else ()
-    unexplained = sum(one.cost > 0 and why is None for one, why in zip(every, causes, strict=True))
+    ranked = retrieval_among(study.meta.get("tasks", ()))  # no single one of its examples can be run again
+    unexplained = sum(
+        one.cost > 0 and why is None and one.task not in ranked for one, why in zip(every, causes, strict=True)
+    )
     return FailureGallery(
         title, plan, "full precision", tuple(counts), len(shown), cards, notes, causes=tuple(tally(causes)),
         unexplained=unexplained, ask=ask, part=part,

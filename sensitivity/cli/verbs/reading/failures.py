@@ -72,13 +72,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     pictures = None if args.out is None else Pictures(measured_in.meta)
     again = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:KEY_LENGTH]} --causes"
     ask = "" if args.causes else again
+    where = f"on the examples of the {'sweep' if measured_in is study else 'verification'}"
     failures = gallery_of(
-        "What breaks first", measured_in, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
+        f"What breaks first, {where}", measured_in, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
     )
     if args.out is not None:
         failures_page.write(args.out, study.parts.model, [failures])
     if not args.json:
-        print_answer_counts({f"{plan.key[:KEY_LENGTH]} {plan.describe()}": failures.counts})
+        print_answer_counts({f"{plan.key[:KEY_LENGTH]} {plan.describe()}, {where}": failures.counts})
         _show(failures)
         if args.out is not None:
             print(f"page: {args.out}")
@@ -102,12 +103,17 @@ def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
     from sensitivity.analysis.failures.gallery import changed
     from sensitivity.api.finding_causes import begin_causes
     from sensitivity.models.loading import device_of, dtype_of, load
+    from sensitivity.tasks.table import retrieval_among
 
     device_of(args.device)
     dtype_of(args.dtype)
     if "fingerprint" not in study.meta:
         raise UserError(f"{study.path} was imported from a table, and there is no model to run")
-    failed = [one for one in changed(study, plan, args.task or "", args.kind or "") if one.cost > 0][: args.n]
+    ranked = retrieval_among(study.meta["tasks"])
+    if ranked >= ({args.task} if args.task else set(study.tasks)):
+        raise UserError("retrieval ranks each image among all others: no single one can be run to find a cause")
+    every = changed(study, plan, args.task or "", args.kind or "")
+    failed = [one for one in every if one.cost > 0 and one.task not in ranked][: args.n]
     model = args.model or str(study.meta["model"])
     vlm = load(model, device=args.device, dtype=args.dtype or study.meta["dtype"])
     show_progress(begin_causes(vlm, study, plan, failed), "putting parts back")
