@@ -188,6 +188,10 @@ class Study:
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
         return {name: sum(trial.state == state for trial in trials) for name, state in states.items()}
 
+    def stopped(self) -> int:
+        """How many running plans have lost their process, which ended on this machine; a sweep queues them again."""
+        return sum(trial.state == TrialState.RUNNING and is_dead(trial.owner) for trial in self._trials.now())
+
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
         """How many images all trials have seen, and how many the wanted trials have yet to see.
 

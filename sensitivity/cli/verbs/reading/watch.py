@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
@@ -26,13 +27,13 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Look at the study again and again, until nothing waits or runs."""
+    """Look at the study again and again, until nothing waits or runs, or what ran it has ended."""
     from sensitivity.study.study import Study
 
     study = Study(args.study)
     if not (args.once or args.json):
         _follow(study, args.every)
-    counts = study.counts()
+    counts = _counts(study)
     if not args.json:
         print(_words(counts))
         if study.measured():
@@ -44,26 +45,42 @@ def _follow(study: Study, every: int) -> None:
     """Show the counts and the frontier in place; without a terminal, print a line when the counts have changed."""
     if not sys.stderr.isatty():
         last: dict[str, int] = {}
-        while _is_open(counts := study.counts()):
+        for counts in _looks(study, every):
             if counts != last:
                 print(_words(counts), file=sys.stderr, flush=True)
             last = counts
-            time.sleep(every)
         return
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
     with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
-        while _is_open(counts := study.counts()):
+        for counts in _looks(study, every):
             text = "\n".join([_words(counts), *(f"  {line}" for line in frontier_lines(study))])
             live.update(Text(text), refresh=True)
-            time.sleep(every)
 
 
-def _is_open(counts: dict[str, int]) -> bool:
-    return bool(counts["waiting"] or counts["running"])
+def _looks(study: Study, every: int) -> Iterator[dict[str, int]]:
+    """The counts, again and again while the sweep goes on.
+
+    It has ended where all that ran has lost its process. A single look may fall between two plans of another process.
+    """
+    last = None
+    while (counts := _counts(study))["waiting"] or counts["running"] or counts["stopped"]:
+        if counts["stopped"] and not counts["running"] and counts == last:
+            return
+        yield counts
+        last = counts
+        time.sleep(every)
+
+
+def _counts(study: Study) -> dict[str, int]:
+    """The counts of plans; those whose process has ended do not count as running."""
+    counts, stopped = study.counts(), study.stopped()
+    return {**counts, "running": counts["running"] - stopped, "stopped": stopped}
 
 
 def _words(counts: dict[str, int]) -> str:
-    return f"{counts['done']:,} plans done, {counts['running']:,} running, {counts['waiting']:,} waiting"
+    words = f"{counts['done']:,} plans done, {counts['running']:,} running, {counts['waiting']:,} waiting"
+    stopped = f", {counts['stopped']:,} stopped as their process ended: the same sweep again goes on with them"
+    return words + (stopped if counts["stopped"] else "")
