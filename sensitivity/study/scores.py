@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONFIDENCE = 0.95
+LEAST_CLUSTERS = 6  # for a verdict: if all of fewer differ the same way, a sign test still shows nothing at 95 %
 
 
 class ScoreJson(TypedDict):
@@ -110,7 +111,7 @@ def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
         raise ValueError("a score needs at least one example")
     mean = float(x.mean())
     se, count = clustered_se(x, group)
-    if x.min() >= 0 and x.max() <= 1:
+    if _is_share(x):
         low, high = _wilson(mean, se, len(x), count)
     else:
         low, high = _student(mean, se, count)
@@ -131,7 +132,7 @@ def paired_difference(values: ArrayLike, base: ArrayLike, clusters: ArrayLike, t
         low, high = _none_differs(x, count, tries)
     else:
         low, high = _student(mean, se, count, tries)
-    if min(x.min(), y.min()) >= 0 and max(x.max(), y.max()) <= 1:
+    if _is_share(x) and _is_share(y):
         low, high = max(low, -1.0), min(high, 1.0)
     return Score(mean, se, len(difference), count, low, high)
 
@@ -164,6 +165,11 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
         return None
     found = paired_difference(both["score"], base[base.notna()], both["cluster"])
     return replace(found, low=0.0, high=0.0) if ours is theirs else found  # a plan does not differ from itself
+
+
+def _is_share(scores: np.ndarray) -> bool:
+    """Whether all scores lie from 0 to 1."""
+    return bool(scores.min() >= 0 and scores.max() <= 1)
 
 
 def _quantile(tries: int) -> float:

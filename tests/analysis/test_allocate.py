@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve,
 from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
+from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.allocate.usefulness import what_is_lost
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.spec.errors import UserError
@@ -261,6 +264,15 @@ def test_several_tasks_are_judged_by_their_weighted_shares(two_tasks: Study) -> 
     assert found.plan.key == other  # 0.75 * 0.9 + 0.25 * 0.5 against 0.75 * 0.5 + 0.25
     assert found.measured is not None
     assert found.measured.mean == pytest.approx(0.8)
+    assert found.full_by_task["grounding"].mean == 0.5
+    saved = json.loads(found.dumps())
+    read = Recommendation.from_json(saved | {"stored_size": saved["size"]}, two_tasks.parts)
+    assert read.full_by_task == found.full_by_task
+    # a plan with the answers of full precision keeps all of it, about which only unseen examples leave a doubt
+    same = judge(two_tasks, candidates[:1], None, {native: frames[native], one: frames[native]}, weights).measured
+    assert same is not None
+    assert (same.mean, same.se) == (1.0, 0.0)
+    assert 0.95 < same.low < 1 < same.high < 1.05
     assert found.others[0].difference.mean == pytest.approx(0.8 - 0.625)
     assert found.by_task["grounding"].mean == 0.25
     assert found.task == "0.75 vqa + 0.25 grounding"
@@ -285,7 +297,7 @@ def test_a_floor_is_checked_on_what_was_measured(two_tasks: Study) -> None:
     found = judge(two_tasks, candidates, None, frames, floors={"grounding": 1.0})
     assert found.plan.key == first  # none keeps it
     assert (
-        "The floor of 1 on grounding is missed: 87.5% [82.3%, 92.7%] of full precision, 200 paired examples."
+        "The floor of 1 on grounding is missed: 87.5% [82.3%, 92.7%] of full precision's 0.800, 200 paired examples."
         in found.words
     )
     noisy = pd.concat([frame(0.9), frame(0.78, n=200, noise=0.4, seed=1).assign(task="grounding")])
@@ -306,9 +318,64 @@ def test_a_plan_at_chance_is_said_to_be_useless(two_tasks: Study, monkeypatch: p
     monkeypatch.setattr(two_tasks, "meta", two_tasks.meta | {"chance": {"vqa": 0.3, "grounding": 0.0}})
     frames = {native: frame(0.9), candidates[0].plan.key: frame(0.28)}
     words = judge(two_tasks, candidates, None, frames).words
-    assert "It is no better than chance at vqa (0.280, chance 0.300): do not use it, ask for more bits." in words
+    assert (
+        "Do not use it: it scores 0.280 on vqa, no better than chance (0.300), where full precision scores 0.900."
+    ) in words
     frames[candidates[0].plan.key] = frame(0.8)
     assert "chance" not in judge(two_tasks, candidates, None, frames).words
+    # nor is it where full precision itself is at chance
+    found = judge(two_tasks, candidates, None, {native: frame(0.28), candidates[0].plan.key: frame(0.25)})
+    itself = "it scores 0.250 on vqa, where full precision itself scores 0.280, no better than chance (0.300)."
+    assert found.words.endswith(f"Do not use it: {itself}")
+    assert what_is_lost(found)
+    # one image says nothing, and the most common of its answers is always right
+    one = {key: rows.head(1) for key, rows in frames.items()}
+    assert not what_is_lost(judge(two_tasks, candidates, None, one))
+
+
+def test_a_prediction_can_be_of_no_use(two_tasks: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_tasks, "meta", two_tasks.meta | {"chance": {"vqa": 0.99}})
+    words = unmeasured(two_tasks, solve(two_tasks, bpw=5, top=1)).words
+    assert re.search(
+        r"nothing was run to check it\. Do not use it: it is predicted to score 0\.\d+ on vqa, no better", words
+    )
+
+
+def test_few_images_are_too_few_for_a_verdict(two_tasks: Study) -> None:
+    candidates = solve(two_tasks, bpw=5, top=2)
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
+    assert rival is not None
+    for right, images, told in ((0.0, 1, "1 paired example of 1 image"), (1.0, 5, "5 paired examples of 5 images")):
+        frames = {candidates[0].plan.key: frame(1.0, n=images), rival.plan.key: frame(right, n=images)}
+        found = judge(two_tasks, candidates, rival, frames)
+        assert found.plan == candidates[0].plan
+        assert found.uniform is not None
+        assert found.uniform.verdict == "too few"
+        assert found.words == f"Too few images to compare with the best uniform plan: {1 - right:+.3f}, {told}."
+    frames = {candidates[0].plan.key: frame(1.0, n=6), rival.plan.key: frame(0.0, n=6)}
+    found = judge(two_tasks, candidates, rival, frames)
+    assert found.words == "Clearly better than the best uniform plan: +1.000 [+1.000, +1.000], 6 paired examples."
+
+
+def test_a_uniform_plan_that_is_chosen_is_compared_with_the_runner_up(two_tasks: Study) -> None:
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
+    other = solve(two_tasks, bpw=5, top=1)[0]
+    assert rival is not None
+    frames = {rival.plan.key: frame(0.5, n=50), other.plan.key: frame(0.48, n=50)}
+    words = judge(two_tasks, [rival, other], rival, frames).words
+    assert words.startswith(
+        f"The chosen plan is a uniform one; the runner-up is {other.plan.describe()}. Tied with the runner-up: +0.020 ["
+    )
+    del frames[other.plan.key]
+    assert judge(two_tasks, [rival], rival, frames).words == "The chosen plan is a uniform one; no other plan was run."
+
+
+def test_that_no_uniform_plan_keeps_a_floor_is_a_prediction(two_tasks: Study) -> None:
+    candidates = solve(two_tasks, bpw=5, top=1)
+    frames = {Plan.uniform(two_tasks.parts, None).key: frame(0.9), candidates[0].plan.key: frame(0.9)}
+    predicted = judge(two_tasks, candidates, None, frames, floors={"vqa": 0.9}).words
+    assert predicted == "No uniform plan is predicted to meet these conditions."
+    assert judge(two_tasks, candidates, None, frames).words == "No uniform plan meets these conditions."
 
 
 def test_the_best_uniform_plan_meets_the_same_conditions(two_tasks: Study) -> None:

@@ -12,7 +12,8 @@ from scipy import stats
 
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, SchemeJson
-from sensitivity.study.scores import Score, ScoreJson, paired_difference, summarize
+from sensitivity.study.counting import count
+from sensitivity.study.scores import LEAST_CLUSTERS, Score, ScoreJson, paired_difference, summarize
 
 POWER = 0.8  # statistical power of 'about N more examples would decide'
 
@@ -33,7 +34,8 @@ class ComparisonJson(TypedDict):
 class Comparison:
     """A paired difference of our plan to another, and its verdict.
 
-    'better', 'tied' and 'worse' are about our plan; 'no worse' is about the other, which scores at least as high.
+    'better', 'tied' and 'worse' are about our plan; 'no worse' is about the other, which scores at least as high. With
+    'too few' images, nothing is said.
     """
 
     other: Plan
@@ -68,14 +70,20 @@ class Comparison:
         )
 
 
-def compare_with_plan(mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1) -> Comparison:
-    """Compare our scores of shared examples with another plan's; tries: how many plans ours was chosen from."""
+def compare_with_plan(
+    mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1, score: Score | None = None
+) -> Comparison:
+    """Compare our scores of shared examples with another plan's.
+
+    tries: how many plans ours was chosen from. score: theirs, by default the mean of their examples.
+    """
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):
         raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
     difference = paired_difference(both["score"], both["score_other"], both["cluster"], tries)
     verdict, more, words = _verdict(difference, name, tries)
-    return Comparison(other, summarize(theirs["score"], theirs["cluster"]), difference, verdict, more, words)
+    score = score or summarize(theirs["score"], theirs["cluster"])
+    return Comparison(other, score, difference, verdict, more, words)
 
 
 def kept_of(mine: pd.DataFrame, full: pd.DataFrame, share: float) -> Score:
@@ -87,19 +95,22 @@ def kept_of(mine: pd.DataFrame, full: pd.DataFrame, share: float) -> Score:
     return Score(mean, beyond.se / whole, beyond.n, beyond.clusters, low, high)
 
 
-def floor_in_words(task: str, share: float, kept: Score) -> str:
+def floor_in_words(task: str, share: float, kept: Score, full: float) -> str:
     """A sentence if a plan keeps a lower share of full precision than was asked for, else none."""
     if kept.mean >= share:
         return ""
     how = "is missed" if kept.high < share else "is missed on these examples, within their noise"
-    interval = f"{kept.mean:.1%} [{kept.low:.1%}, {kept.high:.1%}] of full precision, {kept.n:,} paired examples"
-    return f" The floor of {share:.4g} on {task} {how}: {interval}."
+    interval = f"{kept.mean:.1%} [{kept.low:.1%}, {kept.high:.1%}] of full precision's {full:.3f}"
+    return f" The floor of {share:.4g} on {task} {how}: {interval}, {count(kept.n, 'paired example')}."
 
 
 def _verdict(difference: Score, name: str, tries: int) -> tuple[str, int | None, str]:
     """The verdict, the number of examples that would decide a tie, and a sentence."""
-    gap, low, high = difference.mean, difference.low, difference.high
-    interval = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}], {difference.n:,} paired examples"
+    gap, low, high, pairs = difference.mean, difference.low, difference.high, count(difference.n, "paired example")
+    if difference.clusters < LEAST_CLUSTERS:
+        images = count(difference.clusters, "image")
+        return "too few", None, f"Too few images to compare with {name}: {gap:+.3f}, {pairs} of {images}."
+    interval = f"{gap:+.3f} [{low:+.3f}, {high:+.3f}], {pairs}"
     interval += f" (interval widened for the best of {tries} plans)" if tries > 1 else ""
     if low > 0:
         return "better", None, f"Clearly better than {name}: {interval}."
@@ -119,7 +130,9 @@ def more_examples(difference: Score) -> int | None:
         return None
     # A difference is found with this power if it is as large as the interval's half width plus the power's normal
     # quantile, both in standard errors. The standard error falls with the root of n: solved for n.
-    width = (difference.high - difference.mean) / difference.se if difference.se else 2.0
+    # one end of the interval may be cut off, at the largest difference that there can be
+    half = max(difference.high - difference.mean, difference.mean - difference.low)
+    width = half / difference.se if difference.se else 2.0
     wanted = difference.n * ((width + float(stats.norm.ppf(POWER))) * difference.se / difference.mean) ** 2
     more = wanted - difference.n
     if more > 1000 * difference.n:

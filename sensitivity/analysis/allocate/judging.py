@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -10,10 +11,11 @@ from sensitivity.analysis.allocate.believed import shrunk_scores, steadied_rows
 from sensitivity.analysis.allocate.budget import Candidate, as_measured
 from sensitivity.analysis.allocate.comparison import Comparison, compare_with_plan, floor_in_words, kept_of
 from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation, provenance_of
+from sensitivity.analysis.allocate.usefulness import warning
 from sensitivity.analysis.observations import observations_of
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
-from sensitivity.study.scores import Score, summarize
+from sensitivity.study.scores import Score, paired_difference, summarize
 from sensitivity.study.study import Study
 
 
@@ -47,7 +49,7 @@ def judge(
     run = [c for c in candidates if c.plan.key in rows]
     if not run:
         return unmeasured(study, candidates, weights, provenance)
-    scores = {key: summarize(frame["score"], frame["cluster"]) for key, frame in rows.items()}
+    scores = {key: _score(frame, rows.get(native.key) if len(weights) > 1 else None) for key, frame in rows.items()}
     steadied = [
         _weighed(one, weights, full) for one in steadied_rows(study, weights, [frames[c.plan.key] for c in run])
     ]
@@ -57,19 +59,19 @@ def judge(
     missed = {key: sum(one[task].mean < share for task, share in floors.items()) for key, one in kept.items()}
     best = min(zip(run, likely, strict=True), key=lambda one: (missed[one[0].plan.key], -one[1]))[0]
     # `len(run)` corrects each interval for having picked the best of that many
-    best, against_rival, words = _against_rival(best, rival, rows, missed, len(run))
-    words += "".join(floor_in_words(task, share, kept[best.plan.key][task]) for task, share in floors.items())
-    by_task = {
-        str(task): summarize(rows["score"], rows["cluster"]) for task, rows in frames[best.plan.key].groupby("task")
-    }
-    run_on = (provenance or {}).get("verified", study.meta)
-    words += _at_chance({task: by_task[task] for task in weights}, full, run_on.get("chance") or {})
+    best, against_rival, words = _against_rival(best, rival, rows, scores, missed, len(run))
     others = tuple(
-        compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run))
+        compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run), scores[c.plan.key])
         for c in run
         if c.plan.key != best.plan.key
     )
-    return Recommendation(
+    words = words or _without_rival(best, rival, others, bool(floors))
+    by_task, full_by_task = _by_task(frames[best.plan.key]), _by_task(frames.get(native.key))
+    words += "".join(
+        floor_in_words(task, share, kept[best.plan.key][task], full_by_task[task].mean)
+        for task, share in floors.items()
+    )
+    found = Recommendation(
         weights,
         best.budget,
         best.plan,
@@ -83,20 +85,42 @@ def judge(
         words,
         provenance_of(study) | (provenance or {}),
         by_task,
+        full_by_task,
     )
+    return replace(found, words=words + warning(found))
+
+
+def _score(rows: pd.DataFrame, full: pd.DataFrame | None) -> Score:
+    """The score of weighed examples; with those of full precision, the share of it, whose interval is paired."""
+    if full is None:
+        return summarize(rows["score"], rows["cluster"])
+    both = rows.merge(full, on="example", suffixes=("", "_full"))
+    lost = paired_difference(both["score"], both["score_full"], both["cluster"])
+    return replace(lost, mean=1 + lost.mean, low=1 + lost.low, high=1 + lost.high)
+
+
+def _by_task(frame: pd.DataFrame | None) -> dict[str, Score]:
+    """A plan's score on each task; empty for a plan that was not run."""
+    groups = [] if frame is None else frame.groupby("task")
+    return {str(task): summarize(rows["score"], rows["cluster"]) for task, rows in groups}
 
 
 def _against_rival(
-    best: Candidate, rival: Candidate | None, rows: Mapping[str, pd.DataFrame], missed: Mapping[str, int], tries: int
+    best: Candidate,
+    rival: Candidate | None,
+    rows: Mapping[str, pd.DataFrame],
+    scores: Mapping[str, Score],
+    missed: Mapping[str, int],
+    tries: int,
 ) -> tuple[Candidate, Comparison | None, str]:
-    """The plan to recommend, its comparison with the rival, and the verdict in words.
+    """The plan to recommend, its comparison with the rival, and the verdict in words, if there is one.
 
     The rival is recommended instead where it is clearly better and misses no more floors.
     """
     if rival is None or rival.plan.key not in rows or rival.plan.key == best.plan.key:
-        return best, None, _without_rival(best, rival)
+        return best, None, ""
     mine, theirs = rows[best.plan.key], rows[rival.plan.key]
-    found = compare_with_plan(mine, theirs, rival.plan, "the best uniform plan", tries)
+    found = compare_with_plan(mine, theirs, rival.plan, "the best uniform plan", tries, scores[rival.plan.key])
     if found.verdict != "worse":
         return best, found, found.words
     if missed[rival.plan.key] > missed[best.plan.key]:
@@ -119,24 +143,15 @@ def _kept(
     }
 
 
-def _at_chance(
-    scores: Mapping[str, Score], full: Mapping[str, float | None], chance: Mapping[str, float | None]
-) -> str:
-    """A sentence if a plan scores no better than chance on a task on which full precision does."""
-    lost = [
-        f"{task} ({score.mean:.3f}, chance {level:.3f})"
-        for task, score in scores.items()
-        if (level := chance.get(task)) is not None and score.low <= level < (full[task] or 0.0)
-    ]
-    return f" It is no better than chance at {' and '.join(lost)}: do not use it, ask for more bits." if lost else ""
-
-
-def _without_rival(best: Candidate, rival: Candidate | None) -> str:
+def _without_rival(best: Candidate, rival: Candidate | None, others: Sequence[Comparison], floors: bool) -> str:
     """The verdict where there is no comparison with a uniform plan."""
     if rival is None:
-        return "No uniform plan meets these conditions."
-    same = best.plan.key == rival.plan.key
-    return "A uniform plan is the best choice here." if same else "The best uniform plan was not measured."
+        return f"No uniform plan {'is predicted to meet' if floors else 'meets'} these conditions."
+    if best.plan.key != rival.plan.key:
+        return "The best uniform plan was not measured."
+    next_best = max(others, key=lambda other: other.score.mean, default=None)
+    what = "no other plan was run." if next_best is None else f"the runner-up is {next_best.other.describe()}."
+    return f"The chosen plan is a uniform one; {what}{f' {next_best.words}' if next_best else ''}"
 
 
 def unmeasured(
@@ -147,15 +162,15 @@ def unmeasured(
 ) -> Recommendation:
     """A recommendation by prediction alone, such as from an imported table, which has no model to run."""
     best = candidates[0]
-    return Recommendation(
+    found = Recommendation(
         weights or {study.tasks[0]: 1.0},
         best.budget,
         best.plan,
         best.size,
         best,
         provenance=provenance_of(study) | (provenance or {}),
-        words="Predicted only: nothing was run to check it.",
     )
+    return replace(found, words=f"Predicted only: nothing was run to check it.{warning(found)}")
 
 
 def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:

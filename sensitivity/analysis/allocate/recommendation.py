@@ -49,6 +49,7 @@ class RecommendationJson(TypedDict):
     predicted: dict[str, dict[str, float]]
     measured: ScoreJson | None
     by_task: dict[str, ScoreJson]
+    full_by_task: NotRequired[dict[str, ScoreJson]]  # files of earlier versions lack it
     full_precision: ScoreJson | None
     uniform: ComparisonJson | None
     candidates: list[ComparisonJson]
@@ -77,6 +78,7 @@ class Recommendation:
     words: str = ""
     provenance: Provenance = field(default_factory=Provenance)
     by_task: Mapping[str, Score] = field(default_factory=dict)  # measured, each on its own scale
+    full_by_task: Mapping[str, Score] = field(default_factory=dict)  # full precision, on the same examples
 
     @property
     def task(self) -> str:
@@ -87,6 +89,20 @@ class Recommendation:
     def predicted(self) -> Predicted:
         """The predicted score on the scale of `measured`, as it is shown."""
         return as_measured(self.candidate.predicted, self.weights).possible
+
+    def score_on(self, task: str) -> tuple[str, float, float, float]:
+        """Whether the score on a task is measured or predicted, the score, and its interval."""
+        if measured := self.by_task.get(task):
+            return "measured", measured.mean, measured.low, measured.high
+        expected = self.candidate.predicted[task].possible
+        return "predicted", expected.score, expected.low, expected.high
+
+    def full_on(self, task: str) -> float:
+        """Full precision's score on a task: measured on the same examples, or else predicted."""
+        if task in self.full_by_task:
+            return self.full_by_task[task].mean
+        # with several weighted tasks, `full` is a share
+        return self.full.mean if self.full and len(self.weights) == 1 else self.candidate.predicted[task].full
 
     def to_json(self) -> RecommendationJson:
         """The recommendation as JSON values."""
@@ -101,6 +117,7 @@ class Recommendation:
             "predicted": {task: p.to_json() for task, p in self.candidate.predicted.items()},
             "measured": self.measured.to_json() if self.measured else None,
             "by_task": {task: score.to_json() for task, score in self.by_task.items()},
+            "full_by_task": {task: score.to_json() for task, score in self.full_by_task.items()},
             "full_precision": self.full.to_json() if self.full else None,
             "uniform": self.uniform.to_json() if self.uniform else None,
             "candidates": [other.to_json() for other in self.others],
@@ -130,6 +147,7 @@ class Recommendation:
             data["verdict"],
             data["provenance"],
             {task: Score.from_json(one) for task, one in data["by_task"].items()},
+            {task: Score.from_json(one) for task, one in data.get("full_by_task", {}).items()},
         )
 
     def dumps(self) -> str:

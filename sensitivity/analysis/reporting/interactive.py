@@ -43,7 +43,7 @@ def pareto(
         return None
     shown = [one for one in recommendations if task in one.candidate.predicted]
     scores = [rows[task].min(), rows[task].max(), *([full] if full is not None else [])]
-    scores += [value for one in shown for value in score_of(one, task)[1:] if math.isfinite(value)]
+    scores += [value for one in shown for value in one.score_on(task)[1:] if math.isfinite(value)]
     sizes = [rows["bpw"].min(), rows["bpw"].max(), *(one.size.bpw for one in shown)]
     if min(scores) == max(scores):  # all scores are equal: the axis needs a span
         scores += [scores[0] - 0.1, scores[0] + 0.1]
@@ -99,17 +99,9 @@ def _points(table: pd.DataFrame, rows: pd.DataFrame, task: str, across: Scale, u
     ]
 
 
-def score_of(one: Recommendation, task: str) -> tuple[str, float, float, float]:
-    """A recommended plan's score and interval on a task, and whether they are measured or predicted."""
-    if measured := one.by_task.get(task):
-        return "measured", measured.mean, measured.low, measured.high
-    expected = one.candidate.predicted[task].possible
-    return "predicted", expected.score, expected.low, expected.high
-
-
 def _star(one: Recommendation, task: str, across: Scale, up: Scale) -> dict[str, object]:
     """The mark of a recommended plan."""
-    kind, score, low, high = score_of(one, task)
+    kind, score, low, high = one.score_on(task)
     x, y = across(math.log(one.size.bpw)), up(score)
     label = f"{kind} {score:.3f} at {one.size.bpw:.2f} bpw"
     return {"x": x, "y": y, "y1": _placed(up, low), "y2": _placed(up, high), "label": label}

@@ -15,6 +15,7 @@ from sensitivity.analysis.allocate import kept_recommendation
 from sensitivity.analysis.allocate.budget import Candidate, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.allocate.usefulness import what_is_lost
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.estimators import ESTIMATORS
 from sensitivity.analysis.importance.ranking import cached, rank
@@ -84,9 +85,7 @@ def report(
         format=study.format,
         tasks=tasks,
         meta=study.meta,
-        recommendations=[
-            (one, sentences.what_is_lost(study, one), _plan_rows(study.parts, one.plan)) for one in recommendations
-        ],
+        recommendations=[(one, what_is_lost(one), _plan_rows(study.parts, one.plan)) for one in recommendations],
         summary=sentences.summary(
             study, table, recommendations, [task.ranking for task in tasks], grown, any(task.budgets for task in tasks)
         ),

@@ -11,16 +11,14 @@ import numpy as np
 import pandas as pd
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.allocate.usefulness import what_is_lost
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import rank_correlations
 from sensitivity.analysis.importance.types import TITLES, Ranking
-from sensitivity.analysis.reporting.interactive import score_of
 from sensitivity.spec.errors import shell_word
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
-
-NEXT_TO_NOTHING = 0.1  # of what full precision has above chance: a plan that keeps less is not to be used
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def summary(
 ) -> ReportSummary:
     """The report's summary of a study, its recommendations and its rankings; `budgets`: whether it has their table."""
     ranked = [ranking for ranking in rankings if ranking is not None]
-    plans = [plan_to_use(study, one) for one in recommendations] or [_choose_a_budget(study, table, budgets)]
+    plans = [plan_to_use(one) for one in recommendations] or [_choose_a_budget(study, table, budgets)]
     return ReportSummary(
         (*plans, *map(_advice, ranked)),
         (*_sure(study, recommendations, ranked), *grown),
@@ -50,35 +48,18 @@ def summary(
     )
 
 
-def plan_to_use(study: Study, one: Recommendation) -> str:
+def plan_to_use(one: Recommendation) -> str:
     """That a recommended plan is to be used; or, where it has lost what full precision can, that none is of use."""
     size = (
         f"{one.size.bpw:.2f} bits per weight{f' in {one.size.format} files' if one.size.format else ''} "
         f"({bytes_in_words(one.size.bytes)})"
     )
-    if lost := what_is_lost(study, one):
+    if lost := what_is_lost(one):
         return (
             f"No plan within a budget of {one.budget:.2f} is of use for {' and '.join(lost)}: the best, "
             f"{one.plan.describe()}, {size}, {' and '.join(lost.values())}."
         )
     return f"Use the plan {one.plan.describe()}: {size} within a budget of {one.budget:.2f}."
-
-
-def what_is_lost(study: Study, one: Recommendation) -> dict[str, str]:
-    """The tasks on which a plan is not clearly above chance, or keeps next to nothing, each with its score in words."""
-    levels = (one.provenance.get("verified") or study.meta).get("chance") or {}
-    lost = {}
-    for task in one.weights:
-        kind, score, low, _ = score_of(one, task)
-        # with several weighted tasks, what full precision was measured to score is known of their mean alone
-        full = one.full.mean if one.full and len(one.weights) == 1 else one.candidate.predicted[task].full
-        chance = levels.get(task) or 0.0
-        by_chance = low <= chance < full
-        if by_chance or score - chance < NEXT_TO_NOTHING * (full - chance):
-            scores = f"{'scores' if kind == 'measured' else 'is predicted to score'} {score:.3f} on {task}"
-            near = "not clearly above chance" if by_chance else "hardly above chance" if chance else "next to nothing"
-            lost[task] = f"{scores}, {near}, where full precision scores {full:.3f}"
-    return lost
 
 
 def _choose_a_budget(study: Study, table: pd.DataFrame, budgets: bool) -> str:
@@ -141,9 +122,12 @@ def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Seque
     for one in recommendations if not lines else ():
         at = f"At {one.budget:g} bpw: " if len(recommendations) > 1 else ""
         if one.measured is not None:
-            kept = f", where full precision scores {one.full}" if one.full else ""
-            fresh = "fresh examples" if one.fresh else "the examples it was chosen on, so that its score is optimistic"
-            lines.append(f"{at}{'it' if at else 'It'} was run on {fresh} and scored {one.measured}{kept}.")
+            several = len(one.weights) > 1  # then the score is a share of full precision
+            kept = f", where full precision scores {one.full}" if one.full and not several else ""
+            scored = f"kept a share of {one.measured} of full precision" if several else f"scored {one.measured}"
+            seen = "" if one.fresh else " The score is optimistic: the plan was chosen on some of these examples."
+            examples = "fresh examples" if one.fresh else "the study's examples"
+            lines.append(f"{at}{'it' if at else 'It'} was run on {examples} and {scored}{kept}.{seen}")
         lines.append(f"{at}{one.words}")
     if not recommendations and not ranked:
         lines.append("Not at all yet: no part could be ranked, for the reason given below, and no plan was run.")

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Sequence
 
 from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.allocate.usefulness import what_is_lost
 from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.gallery import FailureGallery, galleries
-from sensitivity.analysis.reporting.sentences import what_is_lost
 from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
@@ -42,7 +42,7 @@ def _plans(study: Study, recommendations: Sequence[Recommendation]) -> list[tupl
     if not recommendations:
         return []
     first = recommendations[0]
-    title = "The best plan, which is of no use" if what_is_lost(study, first) else "The recommended plan"
+    title = "The best plan, which is of no use" if what_is_lost(first) else "The recommended plan"
     plans = [(title, first.plan)]
     if first.others:
         plans.append(("The runner-up", max(first.others, key=lambda other: other.score.mean).other))
