@@ -17,9 +17,8 @@ from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve,
 from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
-from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.allocate.request import PlanRequest
-from sensitivity.analysis.allocate.usefulness import what_is_lost
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.spec.errors import UserError

@@ -14,8 +14,7 @@ from markupsafe import Markup
 from sensitivity.analysis.allocate import kept_recommendation
 from sensitivity.analysis.allocate.budget import Candidate, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.allocate.recommendation import Recommendation
-from sensitivity.analysis.allocate.usefulness import what_is_lost
+from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.estimators import ESTIMATORS
 from sensitivity.analysis.importance.ranking import cached, rank

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from sensitivity.analysis.allocate.recommendation import Recommendation
-from sensitivity.analysis.allocate.usefulness import what_is_lost
+from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import rank_correlations
 from sensitivity.analysis.importance.types import TITLES, Ranking

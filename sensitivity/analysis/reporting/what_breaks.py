@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from sensitivity.analysis.allocate.recommendation import Recommendation
-from sensitivity.analysis.allocate.usefulness import what_is_lost
+from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.gallery import FailureGallery, galleries
 from sensitivity.spec.errors import UserError, shell_word
