@@ -220,10 +220,12 @@ def test_a_filter_shows_the_questions_of_one_kind(study: Study, tmp_path: Path) 
 def test_a_report_says_on_which_examples_a_plan_was_run(tmp_path: Path) -> None:
     made = answered.study(tmp_path / "run", [task("ground", n=8)], given, ["ground"], n=8, plans=[NATIVE, FOUR, TWO])
     chosen = replace(unmeasured(made, solve(made, bpw=15.0)), plan=FOUR)
-    assert [one.title for one in failing(made, [chosen])[0]] == ["The recommended plan, on the study's examples"]
+    assert [one.title for one in failing(made, [chosen])[0]] == ["The recommended plan, on the examples of the sweep"]
     verified = paths.verification_folder(made.path)
     answered.study(verified, [task("ground", n=8)], given, ["ground"], n=8, plans=[NATIVE, FOUR])
-    assert [one.title for one in failing(made, [chosen])[0]] == ["The recommended plan, on fresh examples"]
+    assert [one.title for one in failing(made, [chosen])[0]] == [
+        "The recommended plan, on the examples of the verification"
+    ]
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -270,6 +272,20 @@ def test_it_is_said_on_which_examples_a_plan_was_measured(tmp_path: Path, capsys
         assert main(["failures", str(made.path), "--plan", plan.key, "--out", str(out)]) == 0
         assert f"on the examples of the {where} (changes" in capsys.readouterr().out
         assert f"What breaks first, on the examples of the {where}" in out.read_text()
+
+
+def test_a_prediction_does_not_show_answers_of_an_earlier_verification(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = answered.study(tmp_path / "run", [task("vqa", n=20)], given, ["vqa"], n=20)
+    best = solve(made, bpw=15.0, top=1)[0].plan
+    verified = paths.verification_folder(made.path)
+    answered.study(verified, [task("vqa", n=20, seed=1)], given, ["vqa"], n=20, seed=1, plans=(NATIVE, best))
+    assert study_of(made, best).path == verified
+    assert main(["recommend", str(made.path), "--bpw", "15", "--no-run"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing was run to check it" in out
+    assert "What happened to the answers" not in out
 
 
 def test_no_cause_is_offered_where_images_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

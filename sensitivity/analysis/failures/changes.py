@@ -121,3 +121,8 @@ def study_of(study: Study, plan: Plan) -> Study:
         "`recommend` without --no-run runs a plan that it recommends; --plan KEY names one that was measured "
         f"(`sensitivity table {shell_word(study.path)} --out plans.csv` lists them)"
     )
+
+
+def on_examples_of(study: Study, measured_in: Study) -> str:
+    """In words, on which examples a plan of a study was measured; whether a verification's are fresh is not known."""
+    return f"on the examples of the {'sweep' if measured_in is study else 'verification'}"

@@ -124,8 +124,8 @@ def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Seque
             several = len(one.weights) > 1  # then the score is a share of full precision
             kept = f", where full precision scores {one.full}" if one.full and not several else ""
             scored = f"kept a share of {one.measured} of full precision" if several else f"scored {one.measured}"
-            seen = "" if one.fresh else " The score is optimistic: the plan was chosen on some of these examples."
-            examples = "fresh examples" if one.fresh else "the study's examples"
+            seen = "" if one.fresh else " So the score is optimistic."
+            examples = "fresh examples" if one.fresh else "examples that had a part in the choice"
             lines.append(f"{at}{'it' if at else 'It'} was run on {examples} and {scored}{kept}.{seen}")
         lines.append(f"{at}{one.words}")
     if not recommendations and not ranked:

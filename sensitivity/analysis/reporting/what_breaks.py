@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 
 from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
-from sensitivity.analysis.failures.changes import study_of
+from sensitivity.analysis.failures.changes import on_examples_of, study_of
 from sensitivity.analysis.failures.gallery import FailureGallery, galleries
 from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import Plan
@@ -30,9 +30,9 @@ def failing(study: Study, recommendations: Sequence[Recommendation]) -> tuple[li
 
 
 def _where_answered(study: Study, plan: Plan) -> str:
-    """On which examples the answers of a plan are known: the study's, or those of its verification; else empty."""
+    """On which examples the answers of a plan are known; empty where they are not."""
     with contextlib.suppress(UserError):
-        return "on the study's examples" if study_of(study, plan) is study else "on fresh examples"
+        return on_examples_of(study, study_of(study, plan))
     return ""
 
 

@@ -155,7 +155,7 @@ def print_recommendation(best: Recommendation) -> None:
         expected = best.predicted
         print(f"  predicted {best.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
     else:
-        where = "examples that had no part in the choice" if best.fresh else "the examples it was chosen on"
+        where = "examples that had no part in the choice" if best.fresh else "examples that had a part in the choice"
         several = len(best.weights) > 1  # then scores are shares of full precision, whose own is 1
         what = f"share of full precision in {best.task}" if several else best.task
         print(f"  {what} {best.measured}, measured on {where}")

@@ -100,7 +100,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             print(f"note: {note}")
         for one, path, outcome in zip(best, paths, ran, strict=True):
             _show(study, one, path, times, request, outcome)
-        print_answer_counts({_named(study, one): _counts(study, one) for one in best})
+        print_answer_counts(
+            {f"{one.plan.key[:KEY_LENGTH]}, for {one.budget:.4g} bpw": _counts(study, one) for one in best}
+        )
     facts = [
         {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}
         for one, path, outcome in zip(best, paths, ran, strict=True)
@@ -181,24 +183,8 @@ def _run_time(
     return {"run_time": predicted, "in_runtime": outcome and outcome.to_json()}
 
 
-def _named(study: Study, one: Recommendation) -> str:
-    """A recommended plan, and which examples its answers are to."""
-    from sensitivity.analysis.failures.changes import study_of
-    from sensitivity.spec.errors import UserError
-
-    name = f"{one.plan.key[:KEY_LENGTH]}, for {one.budget:.4g} bpw"
-    try:
-        return f"{name}, on {'the examples of the study' if study_of(study, one.plan) is study else 'fresh examples'}"
-    except UserError:
-        return name
-
-
 def _counts(study: Study, one: Recommendation) -> list[dict[str, object]]:
-    """How many answers a recommended plan changed, left empty or cut off; empty if it was not run."""
+    """How many answers a recommended plan changed, left empty or cut off; empty if this call did not have it run."""
     from sensitivity.analysis.failures.changes import study_of
-    from sensitivity.spec.errors import UserError
 
-    try:
-        return study_of(study, one.plan).counts_by_kind(one.plan)
-    except UserError:
-        return []
+    return study_of(study, one.plan).counts_by_kind(one.plan) if one.measured else []

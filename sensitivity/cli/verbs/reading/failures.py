@@ -54,7 +54,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Print the changes, and write them as a page with --out."""
-    from sensitivity.analysis.failures.changes import study_of
+    from sensitivity.analysis.failures.changes import on_examples_of, study_of
     from sensitivity.analysis.failures.gallery import gallery_of
     from sensitivity.analysis.failures.pictures import Pictures
     from sensitivity.analysis.reporting import failures_page
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     pictures = None if args.out is None else Pictures(measured_in.meta)
     again = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:KEY_LENGTH]} --causes"
     ask = "" if args.causes else again
-    where = f"on the examples of the {'sweep' if measured_in is study else 'verification'}"
+    where = on_examples_of(study, measured_in)
     failures = gallery_of(
         f"What breaks first, {where}", measured_in, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
     )
