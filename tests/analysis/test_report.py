@@ -19,8 +19,10 @@ from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance.ranking import rank
+from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.page import report
+from sensitivity.analysis.reporting.static_figures import figures_of_task
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import mark_unfinished
@@ -188,6 +190,23 @@ def test_the_curves_are_held_against_full_precision() -> None:
     assert "d only at 4 bits" in told
     assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", None)
     assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", 0.0)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_parts_quantized_one_at_a_time_are_not_averaged_over_plans_that_quantize_all(tmp_path: Path) -> None:
+    def weak_vision(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(0.9 - 0.8 * (bits[:, 0] <= 3))
+
+    alone = [row for row in planted.grid((3, 4, 8, 16)) if (row != 16).sum() <= 1]
+    rows = np.array([*alone, *([bits] * 3 for bits in (3, 4, 8))])
+    made = planted.study(tmp_path, {"vqa": weak_vision}, rows=rows)
+    told = {one.name: one.alt for one in figures_of_task(made.table(), observations_of(made), None, 0.9)}
+    assert "by-bits" not in told
+    kept = "vision down to 4 bits; connector down to 3 bits; language down to 3 bits."
+    assert told["alone"].endswith(f"keep 90 % of full precision's 0.9: {kept}")
+    whole = planted.study(tmp_path / "grid", {"vqa": weak_vision}, levels=(3, 4, 16))
+    drawn = figures_of_task(whole.table(), observations_of(whole), None, 0.9)
+    assert {"by-bits", "alone"} <= {one.name for one in drawn}
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -198,14 +198,17 @@ def importance_alt(ranking: Ranking) -> str:
 
 
 PARETO_ALT = "Scatter plot of the score of every plan against its bits per weight, with the frontier of the best."
-ALONE_ALT = "Lines of the score over the bits of one part while all others stay at native precision."
 PAIR_ALT = "Table in colors of the mean score for each combination of the widths of the two parts that interact most."
 WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of a point say the width of this part."
 
 
-def by_bits_alt(means: pd.DataFrame, task: str, full: float | None) -> str:
-    """The text alternative of the curves: at which widths of each component the mean keeps 90 % of full precision."""
-    drawn = f"Lines of the mean {task} over the bits of each part, averaged over the others"
+def by_bits_alt(means: pd.DataFrame, task: str, full: float | None, alone: bool = False) -> str:
+    """The text alternative of the curves: at which widths of each component the mean keeps 90 % of full precision.
+
+    `alone`: the others stayed native; else the curves are averages over what the others had.
+    """
+    others = "while all others stay at native precision" if alone else "averaged over the others"
+    drawn = f"Lines of the mean {task} over the bits of each part, {others}"
     if full is None or full <= 0:
         return f"{drawn}."
     parts = []

@@ -85,17 +85,25 @@ def _of_ranking(ranking: Ranking) -> list[Drawn]:
 
 def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str], full: float | None) -> list[Drawn]:
     """Figures of the score over each component's width: as a mean over the others, and with the others native."""
-    means = quantized(table).melt(id_vars=[task], value_vars=names, var_name="part", value_name="bits")
-    means = means.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
+    means = _means(quantized(table), task, names)
     drawn: list[Drawn] = []
-    if means.groupby("part").size().max() > 1:
+    # where each plan quantizes one part or all, an average over the others says nothing about the part itself
+    few_or_all = (table[list(names)] != 16).sum(axis=1).isin([0, 1, len(names)]).all()
+    if means.groupby("part").size().max() > 1 and not (few_or_all and len(names) > 1):
         drawn.append(("by-bits", "Sensitivity to the width of each part", sentences.by_bits_alt(means, task, full),
                       figures.by_bits(table, task, names), means))  # fmt: skip
     alone = pd.concat([single(table, names, name).assign(part=name) for name in names])
     if alone.groupby("part").size().max() > 2:
-        drawn.append(("alone", "One part at a time, the others native", sentences.ALONE_ALT,
+        each = pd.concat([_means(quantized(single(table, names, name)), task, [name]) for name in names])
+        drawn.append(("alone", "One part at a time, the others native", sentences.by_bits_alt(each, task, full, True),
                       figures.by_bits(table, task, names, alone=True), alone))  # fmt: skip
     return drawn
+
+
+def _means(table: pd.DataFrame, task: str, names: Sequence[str]) -> pd.DataFrame:
+    """The mean score of each part at each of its widths, and of how many plans."""
+    rows = table.melt(id_vars=[task], value_vars=list(names), var_name="part", value_name="bits")
+    return rows.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
 
 
 def _of_pairs(table: pd.DataFrame, task: str, names: Sequence[str], ranking: Ranking) -> list[Drawn]:
