@@ -82,7 +82,8 @@ class Score:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n})"
+        images = f" on {self.clusters} images" if self.clusters < self.n else ""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n}{images})"
 
 
 def clustered_se(values: np.ndarray, clusters: np.ndarray) -> tuple[float, int]:
@@ -197,11 +198,23 @@ def _none_differs(scores: np.ndarray, clusters: int, tries: int) -> tuple[float,
 def _wilson(mean: float, se: float, n: int, clusters: int) -> tuple[float, float]:
     """Wilson's interval with the effective number of examples that the clustered standard error implies.
 
-    An error of 0 (all right or all wrong) implies no number. Then the number of clusters is used, which is cautious.
+    Where all are right or all wrong, or there is one cluster, the error implies no number. Then the number of clusters
+    is used, which is cautious. A few wrong answers tell little more about how those of one image go together, so that
+    no lower limit is above that of all right, and no upper one below that of all wrong.
     """
     spread = mean * (1 - mean)
-    effective = float(clusters) if se == 0 or math.isinf(se) else min(max(spread / se**2, 1.0), float(n))
+    if spread == 0 or math.isinf(se):
+        effective = float(clusters)
+    else:
+        effective = min(max(spread / se**2, 1.0), float(n)) if se else float(n)
+    low, high = _wilson_limits(mean, effective)
+    all_right, _ = _wilson_limits(1.0, clusters)
+    return min(low, all_right), max(high, 1 - all_right)
+
+
+def _wilson_limits(mean: float, n: float) -> tuple[float, float]:
+    """Wilson's interval for a share of n independent examples."""
     z = float(ndtri((1 + CONFIDENCE) / 2))
-    center = (mean + z**2 / (2 * effective)) / (1 + z**2 / effective)
-    half = z / (1 + z**2 / effective) * math.sqrt(spread / effective + z**2 / (4 * effective**2))
+    center = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
     return max(0.0, center - half), min(1.0, center + half)

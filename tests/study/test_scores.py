@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,6 +55,32 @@ def test_all_right_is_not_without_error() -> None:
     assert score.se == 0
     assert score.high == 1
     assert 0.8 < score.low < 0.9  # as for 20 scenes, not for 100 questions
+
+
+def test_intervals_of_few_images_rise_with_the_score() -> None:
+    """60 questions on 12 images: one wrong answer does not make surer how many are right than none does."""
+    images = np.repeat(np.arange(12), 5)
+    found = [summarize(np.arange(60) % 5 * 12 + np.arange(60) // 5 >= wrong, images) for wrong in range(61)]
+    for more, fewer in pairwise(found):
+        assert fewer.low <= more.low + 1e-12
+        assert fewer.high <= more.high + 1e-12
+    assert found[0].low == found[1].low
+    assert str(found[1]) == f"0.983 [{found[1].low:.3f}, {found[1].high:.3f}] (n 60 on 12 images)"
+    assert str(summarize([1.0, 0.0], ["a", "b"])).endswith("(n 2)")
+
+
+@pytest.mark.parametrize(("p", "alike"), [(0.9, 0.7), (0.95, 0.3), (0.95, 0.7), (0.98, 0.7), (0.05, 0.7)])
+def test_intervals_of_few_images_cover_scores_near_the_ends(p: float, alike: float) -> None:
+    """Questions of one image are answered alike; without the limit of all right, 0.9 of the intervals cover."""
+    rng, images, rounds = np.random.default_rng(5), np.repeat(np.arange(12), 5), 1000
+    right = rng.beta(p * (1 / alike - 1), (1 - p) * (1 / alike - 1), (rounds, 12))
+    found = [summarize(rng.random(60) < np.repeat(row, 5), images) for row in right]
+    assert np.mean([one.low <= p <= one.high for one in found]) > 0.94
+
+
+def test_each_image_with_one_question_keeps_wilsons_interval() -> None:
+    found = summarize(np.arange(60) > 0, np.arange(60))
+    assert (found.low, found.high) == pytest.approx((0.911, 0.997), abs=1e-3)  # Wilson's for 59 of 60
 
 
 def test_no_difference_in_a_few_examples_is_not_without_error() -> None:
