@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -30,24 +31,52 @@ COUNT_HEADS = {  # count of answers -> the head of its column
     "malformed": "malformed",
 }
 WIDTH = 120  # columns where there is no terminal to ask
+GAP = 2  # between columns
+LONG_WORD = 24  # a longer word, such as a path, may be cut
 
 
 def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns of numbers are right-aligned, and long cells wrap."""
+    """Print a table; columns of numbers are right-aligned, and long cells wrap between words.
+
+    Where the terminal is too narrow for that, each row is printed as lines of a head and a cell.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    grid = Table(*heads, box=None, pad_edge=False)
-    for i, column in enumerate(grid.columns):
-        column.justify = "right" if rows and all(str(row[i]).lstrip("+-")[:1].isdigit() for row in rows) else "left"
-        column.overflow = "fold"
-    for row in rows:
-        grid.add_row(*(escape(str(cell)) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else WIDTH)
     console.print()
     console.print(escape(title), style="bold", soft_wrap=True, highlight=False)
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = _widths([heads, *cells], console.width)
+    if widths is None:
+        for row in cells:
+            for i, (head, cell) in enumerate(zip(heads, row, strict=True)):
+                console.print(f"{'  ' if i else ''}{escape(head)}: {escape(cell)}", highlight=False)
+        return
+    grid = Table(*heads, box=None, pad_edge=False)
+    for i, (column, width) in enumerate(zip(grid.columns, widths, strict=True)):
+        column.justify = "right" if cells and all(row[i].lstrip("+-")[:1].isdigit() for row in cells) else "left"
+        column.overflow, column.width = "fold", width
+    for row in cells:
+        grid.add_row(*(escape(cell) for cell in row))
     console.print(grid, highlight=False)
+
+
+def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """The widths of columns that together fit, the widest ones narrowed first; None if words would have to be cut."""
+    from rich.cells import cell_len
+
+    columns = list(zip(*rows, strict=True))
+    widths = [max(cell_len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    words = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    least = [min(word, LONG_WORD) for word in words]
+    while sum(widths) + GAP * (len(widths) - 1) > room:
+        wide = [i for i, width in enumerate(widths) if width > least[i]]
+        if not wide:
+            return None
+        widths[max(wide, key=lambda i: widths[i])] -= 1
+    return widths
 
 
 def print_frontier(study: Study, most: int = 12) -> None:
@@ -59,7 +88,7 @@ def print_frontier(study: Study, most: int = 12) -> None:
     stored = f" as {study.format} stores it" if study.format else ""
     print_table(
         f"Frontier: no smaller plan{stored} scores higher on {study.tasks[0]} (95 % intervals where they are known"
-        f"{'' if rows['complete'].all() else '; n where not all examples were seen'})",
+        f"{'' if rows['complete'].all() else '; n where not all examples were seen'}{_images(study)})",
         ("bpw", *study.tasks, "plan"),
         [
             (f"{row['bpw']:.2f}", *(_interval(row, task) for task in study.tasks), row["plan"])
@@ -76,6 +105,16 @@ def print_frontier(study: Study, most: int = 12) -> None:
             for _, row in best.iterrows()
         }
     )
+
+
+def _images(study: Study) -> str:
+    """On how many images the tasks' examples are, where there are fewer images than examples."""
+    found = []
+    for task in study.tasks:
+        score = max((trial.scores[task] for trial in study.measured()), key=lambda one: one.get("n", 0))
+        if 0 < score.get("clusters", 0) < score.get("n", 0):
+            found.append(f"; {task}: n {score['n']:,} on {score['clusters']:,} images")
+    return "".join(found)
 
 
 def print_answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
