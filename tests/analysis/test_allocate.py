@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from planted import frame
 
 from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve, spend
 from sensitivity.analysis.allocate.judging import judge, unmeasured
-from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.allocate.request import PlanRequest
@@ -177,7 +178,7 @@ def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
     with pytest.raises(UserError, match=r"no measured plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
         solve(two_tasks, bpw=1.0)
     with pytest.raises(
-        UserError, match=r"predicted to keep grounding at 99% of full precision; that takes \d+\.\d+ bpw"
+        UserError, match=r"predicted to keep grounding at 99% of full precision; by prediction, that takes \d+\.\d+ bpw"
     ):
         solve(two_tasks, bpw=3.6, floors={"grounding": 0.99})
     with pytest.raises(UserError, match="unknown task 'ocr'; choose from vqa, grounding"):
@@ -338,6 +339,23 @@ def test_a_prediction_can_be_of_no_use(two_tasks: Study, monkeypatch: pytest.Mon
     assert re.search(
         r"nothing was run to check it\. Do not use it: it is predicted to score 0\.\d+ on vqa, no better", words
     )
+
+
+def test_predictions_stay_among_the_scores_that_can_be(tmp_path: Path) -> None:
+    def full(bits: np.ndarray) -> np.ndarray:
+        return np.minimum(1.0, 1.4 * planted.product(bits))
+
+    made = planted.study(tmp_path, {"a": full, "cider": lambda bits: 1.1 * full(bits)}, noise=0.0)
+    raw = {task: Predicted(1.02, 0.9, 1.05, 1.013, bounded=True) for task in ("a", "b")}
+    one = replace(unmeasured(made, solve(made, bpw=14, top=1)), weights={"a": 1.0, "b": 1.0})
+    shown = replace(one, candidate=replace(one.candidate, predicted=raw)).predicted
+    assert (shown.score, shown.high, shown.full) == (1.0, 1.0, 1.0)
+    assert raw["a"].to_json() == {"score": 1.0, "low": 0.9, "high": 1.0, "full": 1.0}
+    predicted = solve(made, bpw=14, top=1, tasks=["a", "cider"])[0].predicted
+    assert predicted["a"].bounded
+    assert predicted["a"].to_json()["full"] <= 1
+    assert not predicted["cider"].bounded  # scores above 1 were measured
+    assert predicted["cider"].to_json()["full"] > 1.05
 
 
 def test_few_images_are_too_few_for_a_verdict(two_tasks: Study) -> None:

@@ -213,8 +213,8 @@ def infeasible(
         return UserError(f"no measured plan is predicted to keep {kept} of full precision, at any size")
     least = knapsack.size(knapsack.space.decode(smallest_kept[0])).bits / numel
     return UserError(
-        f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {kept} of full precision; that takes "
-        f"{least:.2f} bpw, or lower the floor"
+        f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {kept} of full precision; by "
+        f"prediction, that takes {least:.2f} bpw, or lower the floor"
     )
 
 

@@ -113,7 +113,7 @@ def what_changed_since(study: Study, recommendations: Sequence[Recommendation]) 
         if saved is not None and best.plan.key == saved.key:
             sentences.append(f"Asked again for {bpw:g} bpw, the same plan is predicted to be best.")
             continue
-        score = "; ".join(f"{task} {best.predicted[task].score:.3f}" for task in request.weights)
+        score = "; ".join(f"{task} {best.predicted[task].possible.score:.3f}" for task in request.weights)
         sentences.append(
             f"Asked again for {bpw:g} bpw, {best.plan.describe()} is predicted to be best ({score}, not yet run): "
             f"`sensitivity recommend {shell_word(study.path)} --bpw {bpw:g} {typed}` verifies it."

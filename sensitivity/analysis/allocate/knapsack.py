@@ -30,24 +30,27 @@ class Predicted:
     low: float
     high: float
     full: float  # predicted for full precision
+    bounded: bool = False  # whether all scores that were measured lie from 0 to 1
 
     @property
     def possible(self) -> Predicted:
-        """The prediction as it is shown: no further than 0 and 1 where full precision lies between them."""
-        if not 0 < self.full <= 1:
+        """The prediction as it is shown: no further than 0 and 1 where all measured scores lie between them."""
+        if not self.bounded:
             return self
         score, low, high = (min(max(value, 0.0), 1.0) for value in (self.score, self.low, self.high))
-        return Predicted(score, low, high, self.full)
+        return Predicted(score, low, high, min(self.full, 1.0), bounded=True)
 
     def to_json(self) -> dict[str, float]:
-        """The prediction as JSON values."""
-        return dict(self.__dict__)
+        """The prediction as it is shown, as JSON values."""
+        shown = self.possible
+        return {"score": shown.score, "low": shown.low, "high": shown.high, "full": shown.full}
 
 
 def mean_of(predictions: Sequence[Predicted]) -> Predicted:
     """The mean of several predictions of one score, with an interval that holds theirs."""
     score, full = (float(np.mean([getattr(one, name) for one in predictions])) for name in ("score", "full"))
-    return Predicted(score, min(one.low for one in predictions), max(one.high for one in predictions), full)
+    low, high = min(one.low for one in predictions), max(one.high for one in predictions)
+    return Predicted(score, low, high, full, all(one.bounded for one in predictions))
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Knapsack:
     kept: int  # bits that no choice changes
     format: str | None = None
     limits: RunTimeLimits | None = None  # what a plan may take while it runs
+    bounded: frozenset[str] = frozenset()  # tasks whose scores all lie from 0 to 1
 
     @classmethod
     def of(
@@ -77,11 +81,13 @@ class Knapsack:
         """
         expected = read_expected(study.path)
         space = Space.of([trial.plan for trial in study.measured()], expected)
-        models = {}
+        models, bounded = {}, set()
         for task in tasks:
             observations = observations_of(study, task)
             if not observations.full > 0:
                 raise UserError(_nothing_to_lose(task, observations.full))
+            if observations.score.min() >= 0 and observations.score.max() <= 1:
+                bounded.add(task)
             models[task] = fit_surrogate(
                 space,
                 space.encode(observations.plans),
@@ -90,7 +96,7 @@ class Knapsack:
                 observations.noises,
                 expected=expected if expecting else None,
             )
-        return replace(cls.build(study.parts, space, models, format), limits=limits)
+        return replace(cls.build(study.parts, space, models, format), limits=limits, bounded=frozenset(bounded))
 
     @classmethod
     def build(
@@ -120,9 +126,8 @@ class Knapsack:
             low, high = np.quantile(model.draws(index), [0.025, 0.975], axis=0)
             full = self.full(task)
             for i, score in enumerate(model.predict(index)):  # an interval is widened to hold its prediction
-                predictions[i][task] = Predicted(
-                    float(score), float(min(low[i], score)), float(max(high[i], score)), full
-                )
+                ends = float(min(low[i], score)), float(max(high[i], score))
+                predictions[i][task] = Predicted(float(score), *ends, full, task in self.bounded)
         return predictions
 
 

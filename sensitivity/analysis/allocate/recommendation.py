@@ -90,7 +90,7 @@ class Recommendation:
     @property
     def predicted(self) -> Predicted:
         """The predicted score on the scale of `measured`, as it is shown."""
-        return as_measured(self.candidate.predicted, self.weights).possible
+        return as_measured({task: one.possible for task, one in self.candidate.predicted.items()}, self.weights)
 
     def score_on(self, task: str) -> tuple[str, float, float, float]:
         """Whether the score on a task is measured or predicted, the score, and its interval."""
@@ -104,7 +104,7 @@ class Recommendation:
         if task in self.full_by_task:
             return self.full_by_task[task].mean
         # with several weighted tasks, `full` is a share
-        return self.full.mean if self.full and len(self.weights) == 1 else self.candidate.predicted[task].full
+        return self.full.mean if self.full and len(self.weights) == 1 else self.candidate.predicted[task].possible.full
 
     def to_json(self) -> RecommendationJson:
         """The recommendation as JSON values."""
