@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TypedDict, Unpack
 
 import torch
 
-from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.allocate.budget import Candidate, solve
 from sensitivity.analysis.allocate.kept_recommendation import files_for
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
@@ -31,7 +32,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
-from sensitivity.spec.errors import UserError, shell_word, unknown
+from sensitivity.spec.errors import Notice, UserError, shell_word, unknown
 from sensitivity.spec.files import check_may_replace, write_atomically
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read, why_foreign
@@ -176,36 +177,63 @@ def export_from(
     """Export a plan.json, or the plan of a study that is predicted to be best for a budget."""
     may_be_written(out, format, force, [source])  # before anything is read
     runtime = options.get("runtime")
-    study, plan, facts = _read_source(source, bpw, format if format in FILES else runtime, runtime)
+    if source.suffix == ".json":
+        study, plan, facts = _read_plan(source)
+    else:
+        study, facts = Study(source), {}
+        best = _best_plan(study, bpw, format if format in FILES else runtime, runtime)
+        warnings.warn(_choice_in_words(study, best, runtime), Notice, stacklevel=2)
+        plan = best.plan
     return export(study, plan, out, format, force, facts, keep=[source], **options)
 
 
 def legalize_from(source: Path, runtime: str, bpw: float | None, task: str | None = None) -> tuple[Study, Legal]:
     """The best plan that a runtime can load, given a plan.json, or a study and a budget."""
-    study, plan, _ = _read_source(source, bpw, runtime)
+    if source.suffix == ".json":
+        study, plan, _ = _read_plan(source)
+    else:
+        study = Study(source)
+        plan = _best_plan(study, bpw, runtime).plan
     return study, legalize(study, plan, runtime, bpw, task)
 
 
-def _read_source(
-    source: Path, bpw: float | None, counted: str | None, legal_in: str | None = None
-) -> tuple[Study, Plan, Mapping[str, object]]:
-    """The study, the plan and the other facts of a plan.json, or of a study and a budget.
+def _read_plan(source: Path) -> tuple[Study, Plan, Mapping[str, object]]:
+    """The study, the plan and the other facts of a plan.json."""
+    _, plan, facts = read(source)
+    study = Study(source.parent if paths.is_study(source.parent) else str(facts.get("study", source.parent)))
+    plan.check(study.parts)
+    for scheme in plan.distinct_schemes:
+        check_scheme(scheme)
+    return study, plan, facts
+
+
+def _best_plan(study: Study, bpw: float | None, counted: str | None, legal_in: str | None = None) -> Candidate:
+    """The plan of a study that is predicted to be best for a budget.
 
     `counted`: the runtime or format whose files the budget counts. `legal_in`: the runtime that must load the plan.
     """
-    if source.suffix == ".json":
-        _, plan, facts = read(source)
-        study = Study(source.parent if paths.is_study(source.parent) else str(facts.get("study", source.parent)))
-        plan.check(study.parts)
-        for scheme in plan.distinct_schemes:
-            check_scheme(scheme)
-        return study, plan, facts
     if bpw is None:
-        raise UserError(f"a study holds many plans: name a budget, `{source} --bpw 4.0`, or give a plan.json")
-    study = Study(source)
+        raise UserError(f"a study holds many plans: name a budget, `{study.path} --bpw 4.0`, or give a plan.json")
     if legal_in is not None:
-        return study, best_legal_plan(study, legal_in, bpw).plan, {}
-    return study, solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0].plan, {}
+        return best_legal_plan(study, legal_in, bpw)
+    return solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0]
+
+
+def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
+    """Which plan was chosen for a budget, and its scores as measured, or else as predicted and how to measure it."""
+    chosen = f"chosen for {best.budget:g} bpw: {best.plan.describe()}"
+    if scores := _measured(study, best.plan)[0].get("scores"):
+        means = {task: score["mean"] for task, score in scores.items()}
+        return f"{chosen}; measured: {', '.join(f'{task} {mean:.3f}' for task, mean in means.items())}"
+    predicted = {task: one.possible for task, one in best.predicted.items()}
+    shares = (
+        f"{task} {one.score:.3f}, {100 * one.score / one.full:.0f} % of full precision" for task, one in predicted.items()
+    )
+    typed = f"{shell_word(study.path)} --bpw {best.budget:g}" + (f" --runtime {runtime}" if runtime else "")
+    return (
+        f"{chosen}, which was never measured; predicted: {', '.join(shares)}; `sensitivity recommend {typed}` measures "
+        "the best plans, for an export of its plan.json"
+    )
 
 
 def check_may_save(study: Path, budgets: Sequence[float]) -> None:
