@@ -227,7 +227,8 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
         return f"{chosen}; measured: {', '.join(f'{task} {mean:.3f}' for task, mean in means.items())}"
     predicted = {task: one.possible for task, one in best.predicted.items()}
     shares = (
-        f"{task} {one.score:.3f}, {100 * one.score / one.full:.0f} % of full precision" for task, one in predicted.items()
+        f"{task} {one.score:.3f}, {100 * one.score / one.full:.0f} % of full precision"
+        for task, one in predicted.items()
     )
     typed = f"{shell_word(study.path)} --bpw {best.budget:g}" + (f" --runtime {runtime}" if runtime else "")
     return (

@@ -106,6 +106,8 @@ def acceptance(
 
 def check_drafts(vlm: VLM, task: Task) -> None:
     """Raise an error where answers cannot be drafted and verified."""
+    if not vlm.model.can_generate():
+        raise UserError(f"{vlm.name} generates no text, so that nothing can be drafted; choose a model that answers")
     if task.gallery:
         raise UserError(f"{task.name} has no answers to draft; choose a task that a model answers in words")
     if task.search:

@@ -15,6 +15,7 @@ from experiments.small.datasets import flickr
 from sensitivity.api.sweeping import one_at_a_time, sweep, with_calibration
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.speculation import check_drafts
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -149,6 +150,8 @@ def test_models_are_told_what_they_cannot_do(itm: VLM, scenes_llava: VLM) -> Non
         UserError, match=r"scenes-llava cannot search, having no head .*; take .* or embedded:scenes-blip2-itm"
     ):
         evaluate(scenes_llava, task("retrieval", n=4))
+    with pytest.raises(UserError, match="generates no text, so that nothing can be drafted"):
+        check_drafts(itm, task("vqa", n=1))
     with pytest.raises(UserError, match=r"generates no text: its tasks are retrieval and flickr30k:FOLDER"):
         evaluate(itm, task("vqa", n=4))
 
