@@ -79,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = argparse.Namespace(argv=words, json="--json" in words, debug="--debug" in words)
     try:
         args = parser_of(VERBS, words).parse_args(words, asked)  # keeps `argv`: workers run the same command
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # an encoding without a character ends no verb
         if args.threads:
             threads.limit(args.threads)
         if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):

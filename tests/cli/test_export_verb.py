@@ -1,7 +1,10 @@
-"""sensitivity export as a user types it: which plan it chose is said."""
+"""Verbs as a user types them: which plan export chose, which budget a sweep suggests, and what a terminal can show."""
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,9 @@ import planted
 import pytest
 
 from sensitivity.cli import main as cli
+from sensitivity.cli.output.sweep_summary import _budget
+from sensitivity.spec.errors import UserError
+from sensitivity.tasks.table import task
 
 
 def test_an_export_for_a_budget_says_which_plan_was_chosen_and_whether_it_was_measured(
@@ -25,3 +31,26 @@ def test_an_export_for_a_budget_says_which_plan_was_chosen_and_whether_it_was_me
     assert f"{path} --bpw 6` measures the best plans" in said
     assert cli.main(["export", str(path), "--bpw", "16", "--out", str(tmp_path / "full.json")]) == 0
     assert "measured: vqa 1.000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("levels", [(2, 16), (8, 16), (16,)])
+def test_the_budget_that_a_sweep_suggests_can_be_met(tmp_path: Path, levels: tuple[int, ...]) -> None:
+    study = planted.study(tmp_path / "study", {"vqa": planted.additive}, levels=levels)
+    smallest = min(trial.bpw for trial in study.measured())
+    assert smallest <= _budget(study) <= max(4.0, smallest + 0.5)
+    assert _budget(study) >= 4
+
+
+def test_an_encoding_without_a_character_ends_no_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = planted.study(tmp_path / "study", {"vqa": planted.additive}, levels=(2, 4, 16)).path
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert cli.main(["recommend", str(path), "--bpw", "6"]) == 0
+    shown.seek(0)
+    assert "\\xb7" in shown.read()  # the dot between the components of a plan
+
+
+def test_boxes_among_answers_are_told_their_scorers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "b.jpg", "prompt": "Where?", "boxes": [[1, 2, 3, 4]]}))
+    with pytest.raises(UserError, match="lacks answers; for boxes, type iou:FILE or recall:FILE"):
+        task(str(tmp_path / "a.jsonl"))

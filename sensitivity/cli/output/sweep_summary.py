@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,8 +38,15 @@ def show_summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
                 f"{missed if known >= goal and not facts['waiting'] else ''}"
             )
         legal = f" --runtime {args.runtime}" if args.runtime else ""
-        print(f"{_progress_words(facts, args.out)}; next: sensitivity recommend {shell_word(args.out)} --bpw 4{legal}")
+        recommend = f"sensitivity recommend {shell_word(args.out)} --bpw {_budget(study):g}{legal}"
+        print(f"{_progress_words(facts, args.out)}; next: {recommend}")
     return facts
+
+
+def _budget(study: Study) -> float:
+    """The budget that is suggested: 4 bits per weight, or more where every measured plan is larger."""
+    smallest = min((trial.bpw for trial in study.measured()), default=4.0)
+    return max(4.0, math.ceil(2 * smallest) / 2)
 
 
 def _progress_words(counts: Mapping[str, object], out: Path) -> str:

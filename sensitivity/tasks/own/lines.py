@@ -168,7 +168,8 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[Record]:
         shown = "video" if "video" in given else "image"
         right_line = VIDEO if shown == "video" and not boxes else needs
         if missing := [name for name in (shown, "prompt", right) if given.get(name) in (None, "", [])]:
-            raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}; {right_line}")
+            other = "; for boxes, type iou:FILE or recall:FILE" if "boxes" in given and not boxes else ""
+            raise UserError(f"{path}, line {number} lacks {' and '.join(missing)}{other}; {right_line}")
         if shown == "video" and ("image" in given or boxes):
             other = "an image, too" if "image" in given else "boxes, which are those of one image"
             raise UserError(f"{path}, line {number} has a video and {other}; {VIDEO}")
