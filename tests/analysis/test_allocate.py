@@ -25,6 +25,7 @@ from sensitivity.analysis.surrogate.space import Space
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import allowed_by, merge_groups, tied_groups
 from sensitivity.spec.plan import Plan, Scheme
+from sensitivity.spec.plan_file import why_foreign, write_file
 from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study.study import Study
 
@@ -358,7 +359,7 @@ def test_predictions_stay_among_the_scores_that_can_be(tmp_path: Path) -> None:
     assert predicted["cider"].to_json()["full"] > 1.05
 
 
-def test_few_images_are_too_few_for_a_verdict(two_tasks: Study) -> None:
+def test_few_images_are_too_few_for_a_verdict(two_tasks: Study, tmp_path: Path) -> None:
     candidates = solve(two_tasks, bpw=5, top=2)
     rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
     assert rival is not None
@@ -368,6 +369,8 @@ def test_few_images_are_too_few_for_a_verdict(two_tasks: Study) -> None:
         assert found.plan == candidates[0].plan
         assert found.uniform is not None
         assert found.uniform.verdict == "too few"
+        written = write_file(two_tasks.parts, found.plan, dict(found.to_json()), tmp_path / "plan.json")
+        assert why_foreign(written) == ""  # else the same command could not replace it
         assert found.words == f"Too few images to compare with the best uniform plan: {1 - right:+.3f}, {told}."
     frames = {candidates[0].plan.key: frame(1.0, n=6), rival.plan.key: frame(0.0, n=6)}
     found = judge(two_tasks, candidates, rival, frames)

@@ -505,6 +505,8 @@ def test_what_people_typed_is_answered_with_what_to_type(
 def test_a_study_may_begin_beside_scores_of_its_components(
     verb: str, there: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for left in ("journal.log.lock", "queue.lock", "sweep.log"):  # by a killed process, and by the shell
+        (there / "why" / left).touch()
     status, _, err = run((*f"{verb} {MODEL} --n 4 --bits 2,4,8 --out why".split(),), capsys)
     assert status is None, err  # the work would begin
 

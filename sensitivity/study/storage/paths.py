@@ -25,8 +25,10 @@ def is_study(folder: Path) -> bool:
 def strangers(folder: Path) -> list[str]:
     """The names in a folder that a study may not be begun beside: all but its first files, hidden ones, and logs."""
     found = sorted(one.name for one in folder.iterdir()) if folder.is_dir() else []
+    # a killed process may leave locks, whose names begin with that of what they lock
     own = (*FIRST_FILES, ATTRIBUTIONS)
-    return [name for name in found if name not in own and not name.startswith(".") and not name.endswith(LOGS)]
+    beside = (".", "journal.", f"{QUEUE_LOCK}.")
+    return [name for name in found if name not in own and not name.startswith(beside) and not name.endswith(LOGS)]
 
 
 def answers_file(study: Path, key: str) -> Path:
