@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -315,3 +316,13 @@ def test_importing_loads_no_torch() -> None:
         "rank(planted.observations(planted.product, 0.02), bootstraps=2); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_part_that_moves_another_task_was_quantized() -> None:
+    bits = planted.grid((2, 4, 16))
+    still = replace(planted.observations(lambda rows: 1.0 - 0.1 * (rows[:, 0] == 2), levels=(2, 4, 16)), task="still")
+    assert "language alone never moved the score" in " ".join(robustness.without_effect(still))
+    moving = replace(still, score=1.0 - 0.2 * (bits[:, 2] == 2))
+    told = " ".join(robustness.without_effect(still, [moving]))
+    assert "language" not in told
+    assert "connector alone never moved the score" in told

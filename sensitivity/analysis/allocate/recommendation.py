@@ -133,7 +133,10 @@ class Recommendation:
         """The recommendation that `to_json` wrote, from a file that was checked against its schema."""
         plan = Plan.from_json(data["plan"])
         stored_size = size(parts, plan, data["stored_size"].get("format"))
-        predicted = {task: Predicted(**one) for task, one in data["predicted"].items()}
+        predicted = {
+            task: Predicted(one["score"], one["low"], one["high"], one["full"])
+            for task, one in data["predicted"].items()
+        }
         measured, full, uniform = data.get("measured"), data.get("full_precision"), data.get("uniform")
         return cls(
             data["task_weights"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,12 @@ def rank(
     file = kept_rankings.file_of(source, check_task(source, task), options)
     if (kept := kept_rankings.read(file)) is not None:
         return Ranking.from_json(kept)
-    ranking = _rank(observations_of(source, task, method), source.parts, options)
+    observations = observations_of(source, task, method)
+    others = []
+    for other in source.tasks:
+        with contextlib.suppress(UserError):  # no trial has a score of it
+            others += [observations_of(source, other, method)] if other != observations.task else []
+    ranking = _rank(observations, source.parts, options, others)
     kept_rankings.write(file, ranking.to_json())
     return ranking
 
@@ -83,7 +89,9 @@ def cached(study: Study, task: str) -> Ranking | None:
     return None if kept is None else Ranking.from_json(kept)
 
 
-def _rank(observations: Observations, parts: ComponentMap | None, options: RankOptions) -> Ranking:
+def _rank(
+    observations: Observations, parts: ComponentMap | None, options: RankOptions, others: Sequence[Observations] = ()
+) -> Ranking:
     """Rank the components of these observations: check them, fit the forest, estimate, resample, collect warnings."""
     warnings, seed = list(observations.notes), options.seed
     if options.near is not None:
@@ -131,7 +139,7 @@ def _rank(observations: Observations, parts: ComponentMap | None, options: RankO
         tau=robustness.agreement(table[list(ESTIMATORS)]),
         levels=levels,
         pairs=robustness.interactions(fitted, names),
-        warnings=(*warnings, *robustness.cautions(widths, ranking, levels)),
+        warnings=(*warnings, *robustness.cautions(widths, ranking, levels, others)),
     )
 
 

@@ -158,8 +158,10 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     return tau
 
 
-def cautions(observations: Observations, ranking: Ranking, levels: pd.DataFrame) -> list[str]:
-    """Warnings to the reader of a ranking, as sentences."""
+def cautions(
+    observations: Observations, ranking: Ranking, levels: pd.DataFrame, others: Sequence[Observations] = ()
+) -> list[str]:
+    """Warnings to the reader of a ranking, as sentences; `others` are the same trials' scores on other tasks."""
     warnings = []
     if (worst := decisive_level(levels)) is not None:
         first = ", and another component comes first" if worst["changes_first"] else ""
@@ -172,12 +174,16 @@ def cautions(observations: Observations, ranking: Ranking, levels: pd.DataFrame)
         warnings.append(
             f"the forest explains little of unseen plans (cross-validated R2 {ranking.r2:.2f}): read with care"
         )
-    warnings += without_effect(observations) + inseparable(observations)
+    warnings += without_effect(observations, others) + inseparable(observations)
     return warnings
 
 
-def without_effect(observations: Observations) -> list[str]:
-    """Warn of components that, quantized alone, leave the score the same to its last digit: likely not quantized."""
+def without_effect(observations: Observations, others: Sequence[Observations] = ()) -> list[str]:
+    """Warn of components that, quantized alone, leave the score the same to its last digit: likely not quantized.
+
+    One that moves the score on another task was quantized.
+    """
+    moving = {name for other in others for name in _that_move(other)}
     native = np.all(observations.bits == 16, axis=1)
     if not native.any():
         return []
@@ -190,12 +196,20 @@ def without_effect(observations: Observations) -> list[str]:
     for i, name in enumerate(observations.names):
         # trials that quantized this component alone: one equal score could be chance, and at 8 bits even several
         alone = changed[:, i] & (changed.sum(axis=1) == 1)
-        if alone.sum() >= 2 and equal[alone].all() and observations.bits[alone, i].min() <= 6:
+        if name not in moving and alone.sum() >= 2 and equal[alone].all() and observations.bits[alone, i].min() <= 6:
             warnings.append(
                 f"{name} alone never moved the score, down to {observations.bits[alone, i].min():g} bits, not even "
                 "in the last digit: was it quantized at all?"
             )
     return warnings
+
+
+def _that_move(observations: Observations) -> set[str]:
+    """Components that, quantized alone, change the score of full precision."""
+    changed = observations.bits != 16
+    full = observations.score[~changed.any(axis=1)]
+    moved = (changed.sum(axis=1) == 1) & ~np.isin(observations.score, full) if len(full) else np.zeros(len(changed))
+    return {name for i, name in enumerate(observations.names) if (moved * changed[:, i]).any()}
 
 
 def inseparable(observations: Observations) -> list[str]:

@@ -109,7 +109,8 @@ def _doubt(ranking: Ranking) -> str:
 
 def _share(name: object, row: pd.Series) -> str:
     """A component with its share of the differences in score, and the interval where it is known."""
-    interval = f" [{row['consensus.low']:.0f}, {row['consensus.high']:.0f}]" if "consensus.low" in row else ""
+    known = pd.notna(row.get("consensus.low"))  # NaN: some resample explains nothing
+    interval = f" [{row['consensus.low']:.0f}, {row['consensus.high']:.0f}]" if known else ""
     return f"{name} {row['consensus']:.0f} %{interval}"
 
 
@@ -160,7 +161,11 @@ def _sentences(notes: Sequence[str]) -> str:
 
 def _change(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """What could change the answer: warnings, undecided comparisons, plans that are still queued."""
-    lines = [f"{ranking.task}: {warning}." for ranking in ranked for warning in ranking.warnings]
+    lines = [
+        f"{ranking.task}: {warning}{'' if warning.endswith('?') else '.'}"
+        for ranking in ranked
+        for warning in ranking.warnings
+    ]
     lines += [
         f"About {one.uniform.more:,} more examples would show whether the lead over the uniform plan at "
         f"{one.budget:g} bpw is real."

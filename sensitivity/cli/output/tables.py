@@ -170,7 +170,9 @@ def print_ranking(ranked: Ranking) -> None:
     every = [*ranked.table.iterrows(), *([("choice of method", ranked.choice)] if ranked.choice else [])]
     for name, row in every:
         shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
-        span = f"{row['consensus']:.1f} [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]"
+        known = row["consensus.low"] == row["consensus.low"]  # NaN: some resample explains nothing
+        interval = f" [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]" if known else " (interval unknown)"
+        span = f"{row['consensus']:.1f}{interval}"
         rows.append((name, span, *shares))
     print_table(
         f"Importance for {ranked.task}, in percent ({ranked.trials} trials; R2 of the forest {ranked.r2:.2f}, "
