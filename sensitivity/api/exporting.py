@@ -32,7 +32,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
-from sensitivity.spec.errors import Notice, UserError, shell_word, unknown
+from sensitivity.spec.errors import Failed, Notice, UserError, reason, shell_word, unknown
 from sensitivity.spec.files import check_may_replace, write_atomically
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read, why_foreign
@@ -110,8 +110,16 @@ def export(
         return out
     stored = summary.get("written") or summary["predicted_size"]
     about = {"format": format, "plan": plan.describe(), "bytes": stored["bytes"], "bpw": stored["bpw"]}
-    exports.write_note(study.path, out, {**about, "written": "written" in summary, **gain})
+    _note(study.path, out, {**about, "written": "written" in summary, **gain})
     return out
+
+
+def _note(study: Path, out: Path, facts: Mapping[str, object]) -> None:
+    """List an export in its study; a study that cannot be written, such as another user's, does not undo the export."""
+    try:
+        exports.write_note(study, out, facts)
+    except (OSError, Failed) as error:
+        warnings.warn(f"{out} is whole, but {study} does not list it ({reason(error)})", Notice, stacklevel=2)
 
 
 def _check_loadable(study: Study, plan: Plan, format: str, loader: str) -> None:

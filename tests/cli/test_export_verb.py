@@ -11,9 +11,10 @@ import numpy as np
 import planted
 import pytest
 
+from sensitivity.api.exporting import _note
 from sensitivity.cli import main as cli
 from sensitivity.cli.output.sweep_summary import _budget
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.tasks.table import task
 
 
@@ -54,3 +55,9 @@ def test_boxes_among_answers_are_told_their_scorers(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "b.jpg", "prompt": "Where?", "boxes": [[1, 2, 3, 4]]}))
     with pytest.raises(UserError, match="lacks answers; for boxes, type iou:FILE or recall:FILE"):
         task(str(tmp_path / "a.jsonl"))
+
+
+def test_a_study_that_cannot_be_written_does_not_undo_an_export(tmp_path: Path) -> None:
+    (tmp_path / "exports").write_text("a file where notes would be")
+    with pytest.warns(Notice, match="out is whole, but .* does not list it"):
+        _note(tmp_path, tmp_path / "out", {"format": "fake"})
