@@ -23,12 +23,13 @@ from sensitivity import UserError, add_to_atlas, predict_frontier
 from sensitivity.analysis.atlas import atlas_file, predicted_frontier
 from sensitivity.analysis.atlas.as_each_model import predictions_by_model
 from sensitivity.analysis.atlas.atlas_file import KEY, read
-from sensitivity.analysis.atlas.entry import About, Entry, loss_of, share_of
+from sensitivity.analysis.atlas.entry import About, Entry, entries_of, loss_of, share_of
 from sensitivity.analysis.atlas.predicted_frontier import PredictedFrontier
 from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
 from sensitivity.cli import main as cli
 from sensitivity.cli.verbs.reading.atlas import _sweep
 from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import Notice
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.storage import paths
 from sensitivity.study.storage.expected import read as read_expected
@@ -408,3 +409,14 @@ def test_losses_and_shares_are_inverse() -> None:
     for share in (0.01, 0.3, 0.9, 0.999):
         assert share_of(loss_of(share)) == pytest.approx(share)
     assert loss_of(1.1) < loss_of(0.9999) < loss_of(0.5) < loss_of(-1)
+
+
+def test_a_task_at_which_full_precision_fails_does_not_keep_the_others_out(tmp_path: Path) -> None:
+    def nothing(bits: np.ndarray) -> np.ndarray:
+        return np.zeros(len(bits))
+
+    both = planted.study(tmp_path / "both", {"vqa": planted.product, "ground": nothing})
+    with pytest.warns(Notice, match="full precision scored nothing on ground, .*: left out"):
+        assert [entry.about["task"] for entry in entries_of(both)] == ["vqa"]
+    with pytest.raises(UserError, match="scored nothing on ground"):
+        entries_of(planted.study(tmp_path / "none", {"ground": nothing}))

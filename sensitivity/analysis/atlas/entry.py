@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TypedDict
 from sensitivity.analysis.observations import check_task, observations_of
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.transfer import additive_surrogate, damages_of
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage import attributions
 from sensitivity.study.study import Study
@@ -69,17 +70,26 @@ def share_of(loss: float) -> float:
 
 
 def entries_of(study: Study) -> list[Entry]:
-    """An entry for each task of a study."""
-    return [_entry(study, task) for task in study.tasks]
+    """An entry for each task of a study; those at which full precision scores nothing are left out with a warning."""
+    found = {task: _entry(study, task) for task in study.tasks}
+    if lost := [task for task, entry in found.items() if entry is None]:
+        said = f"full precision scored nothing on {', '.join(lost)}, so no share of it can be kept in an atlas"
+        if len(lost) == len(found):
+            raise UserError(said)
+        warnings.warn(f"{said}: left out", Notice, stacklevel=2)
+    return [entry for entry in found.values() if entry is not None]
 
 
-def _entry(study: Study, task: str) -> Entry:
-    """The entry for a task, from the surrogate of the study; its shares are of what the surrogate has at no damage."""
+def _entry(study: Study, task: str) -> Entry | None:
+    """The entry for a task, from the surrogate of the study; its shares are of what the surrogate has at no damage.
+
+    None if that is nothing.
+    """
     observations = observations_of(study, check_task(study, task))
     model = additive_surrogate(study, task)
     full, floor = float(model.theta[0]), float(model.theta[1])
     if not full > 0:
-        raise UserError(f"full precision scored {full:g} on '{task}', so no share of it can be kept in an atlas")
+        return None
     damages = damages_of(model)
     schemes = {name: set(row) for name, row in damages.items()}
     errors = attributions.read(study.path, ERROR)

@@ -63,8 +63,8 @@ def _score_checks(
     plans = next((check.plans for check in checks.by_score.values()), 0)
     of_study = ("rank correlation, study", "error of task score, study") if compared else ()
     print_table(
-        f"Cost of each score, and how well it predicts {plans} random plans on calibration data"
-        f"{', and the plans of the study' if compared else ''}",
+        f"Cost of each score, and how well it predicts {plans} random plan{'' if plans == 1 else 's'} on "
+        f"calibration data{', and the plans of the study' if compared else ''}",
         ("score", "CPU s", "passes", "rank correlation", "error", *of_study),
         rows,
     )
