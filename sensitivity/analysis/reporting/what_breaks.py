@@ -41,7 +41,7 @@ def _plans(study: Study, recommendations: Sequence[Recommendation]) -> list[tupl
     if not recommendations:
         return []
     first = recommendations[0]
-    title = "The best plan, which is of no use" if what_is_lost(first) else "The recommended plan"
+    title = "The best plan (of no use)" if what_is_lost(first) else "The recommended plan"
     plans = [(title, first.plan)]
     if first.others:
         plans.append(("The runner-up", max(first.others, key=lambda other: other.score.mean).other))
