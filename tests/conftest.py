@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a test that fails somewhere
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; threads that wait cost more than they give
+os.environ.pop("COLUMNS", None)  # a runner's terminal: tables are as wide as off a terminal
 gc.disable()  # until all modules are imported, of which nothing is freed
 
 ROOT = Path(__file__).parent.parent

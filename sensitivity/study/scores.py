@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit  # scipy.stats has the same, and takes a second to import
 
+from sensitivity.study.counting import count
 from sensitivity.study.examples.pairing import base_scores
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Score:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
     def __str__(self) -> str:
-        images = f" on {self.clusters} images" if self.clusters < self.n else ""
+        images = f" on {count(self.clusters, 'image')}" if self.clusters < self.n else ""
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n}{images})"
 
 

@@ -204,6 +204,8 @@ def test_parts_quantized_one_at_a_time_are_not_averaged_over_plans_that_quantize
     assert "by-bits" not in told
     kept = "vision down to 4 bits; connector down to 3 bits; language down to 3 bits."
     assert told["alone"].endswith(f"keep 90 % of full precision's 0.9: {kept}")
+    of_all = planted.study(tmp_path / "all", {"vqa": weak_vision}, levels=(3, 4))  # as a grid quantizes every part
+    assert "by-bits" in {one.name for one in figures_of_task(of_all.table(), observations_of(of_all), None, 0.9)}
     whole = planted.study(tmp_path / "grid", {"vqa": weak_vision}, levels=(3, 4, 16))
     drawn = figures_of_task(whole.table(), observations_of(whole), None, 0.9)
     assert {"by-bits", "alone"} <= {one.name for one in drawn}

@@ -87,9 +87,10 @@ def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str], full: float |
     """Figures of the score over each component's width: as a mean over the others, and with the others native."""
     means = _means(quantized(table), task, names)
     drawn: list[Drawn] = []
-    # where each plan quantizes one part or all, an average over the others says nothing about the part itself
-    few_or_all = (table[list(names)] != 16).sum(axis=1).isin([0, 1, len(names)]).all()
-    if means.groupby("part").size().max() > 1 and not (few_or_all and len(names) > 1):
+    # where each plan quantizes one part, or all alike, an average over the others says nothing about the part itself
+    bits = table[list(names)]
+    one_or_uniform = ((bits != 16).sum(axis=1).le(1) | bits.nunique(axis=1).eq(1)).all()
+    if means.groupby("part").size().max() > 1 and not (one_or_uniform and len(names) > 1):
         drawn.append(("by-bits", "Sensitivity to the width of each part", sentences.by_bits_alt(means, task, full),
                       figures.by_bits(table, task, names), means))  # fmt: skip
     alone = pd.concat([single(table, names, name).assign(part=name) for name in names])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sensitivity.spec.plan import KEY_LENGTH
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.spec.threads import threads_in_words
+from sensitivity.study.counting import count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +114,7 @@ def _images(study: Study) -> str:
     for task in study.tasks:
         score = max((trial.scores[task] for trial in study.measured()), key=lambda one: one.get("n", 0))
         if 0 < score.get("clusters", 0) < score.get("n", 0):
-            found.append(f"; {task}: n {score['n']:,} on {score['clusters']:,} images")
+            found.append(f"; {task}: n {score['n']:,} on {count(score['clusters'], 'image')}")
     return "".join(found)
 
 
