@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from sensitivity.spec.plan import KEY_LENGTH
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.spec.threads import threads_in_words
-from sensitivity.study.counting import count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,6 +109,8 @@ def print_frontier(study: Study, most: int = 12) -> None:
 
 def _images(study: Study) -> str:
     """On how many images the tasks' examples are, where there are fewer images than examples."""
+    from sensitivity.study.counting import count
+
     found = []
     for task in study.tasks:
         score = max((trial.scores[task] for trial in study.measured()), key=lambda one: one.get("n", 0))
