@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
+from sensitivity.cli.output import json_lines
 from sensitivity.cli.processes.collector import look_seldom
 from sensitivity.cli.verbs import (
     demo,
@@ -77,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # looked up before parsing, so that errors of parsing honor --json and --debug too
     asked = argparse.Namespace(argv=words, json="--json" in words, debug="--debug" in words)
+    with json_lines.on_standard_error(asked.json):
+        return _run(words, asked)
+
+
+def _run(words: Sequence[str], asked: argparse.Namespace) -> int:
+    """Run one verb, and turn every error into an exit code."""
     try:
         args = parser_of(VERBS, words).parse_args(words, asked)  # keeps `argv`: workers run the same command
         for stream in (sys.stdout, sys.stderr):
@@ -86,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads.limit(args.threads)
         if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # a reader of a log sees each line at once
-        with quiet(args), standard_output.reserved() if args.json else contextlib.nullcontext():
+        with quiet(args), standard_output.held_back() if args.json else contextlib.nullcontext():
             facts = run_verb(VERBS[args.verb], args)
         if args.json:
             print(json.dumps(finite(facts), indent=2, default=str))
@@ -110,13 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(args: argparse.Namespace, message: str, status: int) -> int:
-    """Print an error as one sentence, and with --json as an object too; returns the exit code."""
-    if args.debug and status != STOPPED:
-        traceback.print_exc()
-    message = printable(message)
-    print(message if status == STOPPED else f"error: {message}", file=sys.stderr)
+    """Print an error as one sentence, or with --json as an object on both outputs; returns the exit code."""
+    message, shown = printable(message), args.debug and status != STOPPED
     if args.json:
-        print(json.dumps({"error": message}))
+        facts = {"error": message, "exit": status}
+        print(json.dumps(facts | ({"traceback": traceback.format_exc()} if shown else {})), file=sys.stderr)
+        print(json.dumps(facts))
+        return status
+    if shown:
+        traceback.print_exc()
+    print(message if status == STOPPED else f"error: {message}", file=sys.stderr)
     return status
 
 
@@ -133,7 +143,7 @@ def quiet(args: argparse.Namespace) -> Iterator[None]:
         warnings.simplefilter("default", Notice)
         show_as_before = warnings.showwarning
         warnings.showwarning = lambda message, category, *where, **how: (
-            print(json.dumps({"note": str(message)}) if args.json else f"note: {message}", file=sys.stderr)
+            print(f"note: {message}", file=sys.stderr)  # with --json, an object
             if issubclass(category, Notice)
             else show_as_before(message, category, *where, **how)
         )

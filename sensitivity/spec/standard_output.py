@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 
@@ -14,6 +15,18 @@ def reserved() -> Iterator[None]:
     """Until the block ends, prints of this process go to standard error, including those of compiled code."""
     with contextlib.redirect_stdout(sys.stderr), _redirected_to(2):  # Python's prints, and those of C
         yield
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """The same, but what compiled code printed is written by Python when the block has ended, for lines of JSON."""
+    with tempfile.TemporaryFile() as compiled:
+        try:
+            with contextlib.redirect_stdout(sys.stderr), _redirected_to(compiled.fileno()):
+                yield
+        finally:
+            compiled.seek(0)
+            sys.stderr.write(compiled.read().decode(errors="replace"))
 
 
 @contextlib.contextmanager

@@ -377,7 +377,8 @@ sys.exit(cli.main(["rank", "somewhere", "--json"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == {"score": None}
-    assert {"python", "compiled, in a buffer", "unbuffered"} <= set(done.stderr.splitlines())
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    assert all({"note": line} in said for line in ("python", "compiled, in a buffer", "unbuffered"))
 
 
 def test_the_solver_is_silent_where_a_person_reads() -> None:
@@ -397,7 +398,8 @@ def test_a_parsers_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None
     status, out, err = run(capsys, f"sweep {MODEL} --json --nonsense 1 --out runs/x")
     assert status == 2
     assert "unrecognized words: --nonsense 1" in one_object(out)["error"]
-    assert err.startswith("error: ")
+    assert out == err
+    assert one_object(run(capsys, f"{SWEEP} --json --debug --bits 9")[2])["traceback"].startswith("Traceback")
 
 
 def test_a_worker_that_swallows_the_interrupt_ends_with_its_launcher() -> None:
@@ -478,3 +480,21 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"sensitivity {__version__}\n"
+
+
+def test_each_line_on_standard_error_is_an_object_beside_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a library prints in pieces, a line that looks like an object, progress, and that the verb was stopped."""
+
+    def stopped(args: object) -> None:
+        for text in ("loading", " 1 of 2\n\n", '{"half": 1\n', '{"done": 1}\n', "note: slow\n", "no end"):
+            sys.stderr.write(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sensitivity.cli.verbs.sweep.run", stopped)
+    status, out, err = run(capsys, f"{SWEEP} --out nowhere --json")
+    told = {"error": "stopped; what was finished is kept, and the same command continues", "exit": status}
+    notes = [{"note": text} for text in ("loading 1 of 2", '{"half": 1', "slow", "no end")]
+    assert [json.loads(line) for line in err.splitlines()] == [*notes[:2], {"done": 1}, *notes[2:], told]
+    assert (status, json.loads(out)) == (130, told)

@@ -465,13 +465,15 @@ def refused(words: tuple[str, ...], there: Path, capsys: pytest.CaptureFixture[s
     assert status == 2, f"{status} {err}"
     assert "Traceback" not in err
     assert "Errno" not in err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert err.splitlines()[-1:] == errors
-    assert len(errors[0]) < 1200
-    assert errors[0].isprintable()
-    assert json.loads(out) == {"error": errors[0].removeprefix("error: ")}
+    *notes, last = (json.loads(line) for line in err.splitlines())  # every line is an object
+    assert all(set(note) == {"note"} for note in notes)
+    assert json.loads(out) == last
+    assert set(last) == {"error", "exit"}
+    assert last["exit"] == 2
+    assert len(last["error"]) < 1200
+    assert last["error"].isprintable()
     assert everything(there) == before
-    return errors[0]
+    return str(last["error"])
 
 
 REPEATED = {"--tie", "--until"}  # each says one thing more

@@ -118,7 +118,11 @@ def test_a_calibrated_method_takes_one_file_and_says_what_is_left_out(
     file = lines(tmp_path, names)
     words = ["sweep", "embedded:scenes-llava", "--task", file, "--bits", "4", "--method", "gptq", "--dry-run"]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
-    assert "q: no line has a split: evaluation examples leave out 1 of 10 images" in capsys.readouterr().err
+    said = "q: no line has a split: evaluation examples leave out 1 of 10 images"
+    assert said in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "run"), "--json"]) == 0
+    notes = [json.loads(line)["note"] for line in capsys.readouterr().err.splitlines()]
+    assert any(note.startswith(said) for note in notes)
     parts = inspect(scenes_llava, by="part")
     (named,), statistics = with_calibration(
         scenes_llava, parts, [scheme("gptq", 4)], [file], against=[task(file)], cache_gb=0

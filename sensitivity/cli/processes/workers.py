@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -140,6 +141,8 @@ class Worker(NamedTuple):
         """How the process ended, and the error that it printed."""
         code = self.process.returncode
         self.stderr.seek(0)
-        lines = self.stderr.read().decode(errors="replace").splitlines()
-        last = next((line for line in reversed(lines) if line.startswith("error: ")), "").removeprefix("error: ")
+        last = ""
+        for line in self.stderr.read().decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, AttributeError):  # a line that compiled code wrote
+                last = json.loads(line).get("error", last)
         return (f"signal {-code}" if code < 0 else f"status {code}") + (f", {last}" if last else "")
