@@ -42,6 +42,7 @@ from sensitivity.spec.stored_bits import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired_difference, summarize
 from sensitivity.study.storage import paths
+from sensitivity.study.storage.location import check_stores
 from sensitivity.study.study import Study
 
 __all__ = ["export", "export_from", "legalize", "legalize_from", "may_be_written", "remove_unfinished", "verify"]
@@ -88,6 +89,7 @@ def export(
         CHECKS[format](model or meta.get("model", ""))
     gain: TrialFacts = {}
     if path is not None:
+        check_stores(study.path, verifies=True)
         if not isinstance(model, VLM):
             model = load(model or meta["model"], dtype=meta["dtype"])
         plan, gain = _on_path(study, plan, path, model)

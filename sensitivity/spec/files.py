@@ -127,6 +127,9 @@ def check_may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Itera
     """
     if why := _why_never(out, keep):
         raise UserError(f"{out} {why}; choose another --out")
+    folder = next(place for place in (out, *out.absolute().parents) if place.is_dir())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} may not be written; choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:

@@ -71,6 +71,17 @@ def retrieval_among(sources: Sequence[str]) -> set[str]:
     return {source.partition(":")[0] for source in sources} & {*RETRIEVAL_TASKS, *RETRIEVAL_DATASETS}
 
 
+def missing(sources: Sequence[str]) -> Path | None:
+    """The first file or folder of these tasks that is not there."""
+    for source in sources:
+        head, _, place = source.partition(":")
+        if head in {**DATASETS, **RETRIEVAL_DATASETS, **lines.SCORERS} or (place := source).endswith(".jsonl"):
+            path = Path(place).expanduser()
+            if not path.exists():
+                return path
+    return None
+
+
 def check_distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
     """Raise an error if two tasks have the same name, under which their scores are stored."""
     for i, (one, source) in enumerate(zip(tasks, sources, strict=True)):

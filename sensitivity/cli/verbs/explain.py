@@ -132,6 +132,7 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.failures.changes import study_of
     from sensitivity.api.explaining import explain_plan, save_explanation, tasks_to_explain, trial_of
     from sensitivity.models.loading import device_of, dtype_of, load
+    from sensitivity.study.storage.location import check_stores
     from sensitivity.study.study import Study
 
     if args.plan is None:
@@ -148,6 +149,7 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     trial = trial_of(study, args.plan)
     if "fingerprint" not in study.meta:
         raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans with")
+    check_stores(study.path)
     tasks = tasks_to_explain(study, args.task if "task" in getattr(args, "given", ()) else ())
     vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
     n, failures = args.failures or args.calibration_n, args.failures is not None

@@ -109,9 +109,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model."""
     from sensitivity.api.planning import check_float_path
-    from sensitivity.study.storage.location import check_begins
+    from sensitivity.study.storage.location import check_begins, check_stores
 
     check_begins(args.out)
+    if not args.dry_run:
+        check_stores(args.out, verifies=True)
     check_budget_flags(args)
     requested, _ = checked(args, "random")
     check_float_path(requested, args.path)

@@ -10,6 +10,7 @@ from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import print_answer_counts, print_recommendation, print_runtime_costs
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
     from sensitivity.study.storage import layer_times
+    from sensitivity.study.storage.location import check_stores
     from sensitivity.study.study import Study
 
     if args.no_run:
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     study = Study(args.study)
     request = _request(args, study)
     check_request(study, request)
+    check_stores(study.path, verifies=not args.no_run)
     check_may_save(study.path, request.bpw)
     of = study.parts, args.runtime, args.threads or 0
     times = load_kept_times(*of) if request.limits else kept_times_if_any(*of)
@@ -113,6 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _model(args: argparse.Namespace, study: Study) -> VLM | None:
     """The study's model; None with --no-run, and for an imported table."""
     from sensitivity.models.loading import load
+    from sensitivity.tasks.table import missing
 
     if "fingerprint" not in study.meta:
         flags.without_effect(
@@ -121,6 +125,11 @@ def _model(args: argparse.Namespace, study: Study) -> VLM | None:
         return None
     if args.no_run:
         return None
+    if gone := missing(study.meta["tasks"]):
+        raise UserError(
+            f"plans cannot be run, since {gone} is not there, on which {study.path} was measured; put it there, or add "
+            "--no-run, which predicts only"
+        )
     return load(str(args.model or study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
 
 

@@ -241,9 +241,11 @@ def _run_plans(
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
-    from sensitivity.study.storage.location import check_begins
+    from sensitivity.study.storage.location import check_begins, check_stores
 
     check_begins(args.out)
+    if not args.dry_run:
+        check_stores(args.out)
     requested, calibrated = checked(args, args.search, args.until, args.storage)
     if args.search != "frontier":
         flags.without_effect(

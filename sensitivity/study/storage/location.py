@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.files import NO_SPACE, disk_error, new_folder, write_atomically
 from sensitivity.study.storage.opening import check_database, without_password
-from sensitivity.study.storage.paths import ADDRESS, FIRST_FILES, JOURNAL, is_study, strangers
+from sensitivity.study.storage.paths import ADDRESS, FIRST_FILES, JOURNAL, is_study, strangers, verification_folder
 
 
 def address(path: Path) -> str | None:
@@ -61,6 +62,25 @@ def check_begins(path: Path) -> None:
     """Raise an error where a study would be begun among files that are not its own."""
     if not is_study(path) and (others := strangers(path)):
         raise UserError(f"{path} holds no study, and other files ({others[0]}); choose a new folder as --out")
+
+
+def check_stores(study: Path, verifies: bool = False) -> None:
+    """Raise an error where a study may not be written, such as another user's.
+
+    If it verifies plans, there may be no other files in the folder for that.
+    """
+    fresh = verification_folder(study)
+    for folder in (study, fresh):
+        if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+            word = shell_word(study)
+            raise UserError(
+                f"{folder} may not be written, and results are kept there; copy the study (`cp -r {word} COPY`, then "
+                "`chmod -R u+w COPY`) and use the copy"
+            )
+    if verifies and not is_study(fresh) and (others := strangers(fresh)):
+        raise UserError(
+            f"{fresh} is where plans are verified, and holds other files ({others[0]}); move them elsewhere"
+        )
 
 
 @contextlib.contextmanager

@@ -103,6 +103,7 @@ def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
     from sensitivity.analysis.failures.gallery import changed
     from sensitivity.api.finding_causes import begin_causes
     from sensitivity.models.loading import device_of, dtype_of, load
+    from sensitivity.study.storage.location import check_stores
     from sensitivity.tasks.table import retrieval_among
 
     device_of(args.device)
@@ -112,6 +113,7 @@ def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
     ranked = retrieval_among(study.meta["tasks"])
     if ranked >= ({args.task} if args.task else set(study.tasks)):
         raise UserError("retrieval ranks each image among all others: no single one can be run to find a cause")
+    check_stores(args.study)
     every = changed(study, plan, args.task or "", args.kind or "")
     failed = [one for one in every if one.cost > 0 and one.task not in ranked][: args.n]
     model = args.model or str(study.meta["model"])
