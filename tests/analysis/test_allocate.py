@@ -251,6 +251,45 @@ def test_a_uniform_plan_that_is_clearly_better_is_recommended(two_tasks: Study) 
     assert "A uniform plan is the best choice here. The best uniform plan is clearly better: -0.300" in found.words
 
 
+def test_a_smaller_uniform_plan_that_scores_no_lower_is_recommended(two_tasks: Study) -> None:
+    best, *_ = solve(two_tasks, bpw=5, top=1)
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
+    assert rival is not None
+    assert rival.size.bits < best.size.bits
+    mine, them = best.plan.key, rival.plan.key
+
+    def judged(
+        ours: pd.DataFrame, theirs: pd.DataFrame, uniform: Candidate = rival, first: Candidate = best
+    ) -> Recommendation:
+        return judge(two_tasks, [first], uniform, {mine: ours, them: theirs})
+
+    for n in (1, 3, 60):
+        found = judged(frame(1.0, n=n), frame(1.0, n=n))
+        assert found.plan == rival.plan
+        sizes = f"{rival.size.bpw:.2f} bpw instead of {best.size.bpw:.2f}"
+        assert found.words.startswith(f"A uniform plan is chosen: it is smaller, {sizes}, and scores no lower. ")
+    # no smaller: no reason to prefer it
+    assert judged(frame(1.0), frame(1.0), replace(rival, size=best.size)).plan == best.plan
+    # a little lower is lower
+    assert judged(frame(0.62, noise=0.3, seed=1), frame(0.6, noise=0.3, seed=2)).plan == best.plan
+    # a little higher is luck, where it is predicted to score less, and predictions are more certain than readings
+    certain = [replace(one, predicted={"vqa": Predicted(score, score - 0.01, score + 0.01, 1.0)})
+               for one, score in ((rival, 0.57), (best, 0.6))]  # fmt: skip
+    readings = frame(0.58, noise=0.3, seed=1), frame(0.62, noise=0.3, seed=2)
+    assert readings[0]["score"].mean() < readings[1]["score"].mean()
+    assert judged(*readings).plan == rival.plan
+    found = judged(*readings, *certain)
+    assert found.plan == best.plan
+    assert found.uniform is not None
+    assert found.uniform.verdict == "no worse"
+    # nor is it preferred where it misses a floor that the best plan keeps
+    native = Plan.uniform(two_tasks.parts, None).key
+    both = {key: pd.concat([frame(1.0), frame(value, n=200).assign(task="grounding")])
+            for key, value in ((native, 0.8), (mine, 0.8), (them, 0.5))}  # fmt: skip
+    assert judge(two_tasks, [best], rival, both).plan == rival.plan
+    assert judge(two_tasks, [best], rival, both, floors={"grounding": 0.95}).plan == best.plan
+
+
 def test_several_tasks_are_judged_by_their_weighted_shares(two_tasks: Study) -> None:
     weights = {"vqa": 3.0, "grounding": 1.0}
     candidates = solve(two_tasks, bpw=5, weights=weights, top=2)
@@ -363,7 +402,7 @@ def test_few_images_are_too_few_for_a_verdict(two_tasks: Study, tmp_path: Path) 
     candidates = solve(two_tasks, bpw=5, top=2)
     rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
     assert rival is not None
-    for right, images, told in ((0.0, 1, "1 paired example of 1 image"), (1.0, 5, "5 paired examples of 5 images")):
+    for right, images, told in ((0.0, 1, "1 paired example of 1 image"), (0.8, 5, "5 paired examples of 5 images")):
         frames = {candidates[0].plan.key: frame(1.0, n=images), rival.plan.key: frame(right, n=images)}
         found = judge(two_tasks, candidates, rival, frames)
         assert found.plan == candidates[0].plan

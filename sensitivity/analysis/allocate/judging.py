@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -16,6 +16,8 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.scores import Score, paired_difference, summarize
 from sensitivity.study.study import Study
+
+ROUNDING = 1e-9  # scores closer than this differ by the order of their sums alone
 
 
 def judge(
@@ -37,7 +39,8 @@ def judge(
     before others. fresh: these examples had no part in finding the candidates.
 
     Measured scores are shrunk towards predictions, since the highest of several noisy ones was partly lucky. The rival
-    is recommended only if it is clearly better than the best candidate.
+    is recommended if it is clearly better than the best candidate, or if it is smaller and neither scores lower nor is
+    believed to.
     """
     weights = weights or {study.tasks[0]: 1.0}
     native = Plan.uniform(study.parts, None)
@@ -49,16 +52,19 @@ def judge(
     if not run:
         return unmeasured(study, candidates, weights, provenance)
     scores = {key: _score(frame, rows.get(native.key) if len(weights) > 1 else None) for key, frame in rows.items()}
-    steadied = [
-        _weighed(one, weights, full) for one in steadied_rows(study, weights, [frames[c.plan.key] for c in run])
-    ]
-    likely = shrunk_scores([as_measured(c.predicted, weights) for c in run], steadied)
+
+    def believed(of: Sequence[Candidate]) -> list[float]:
+        """The scores of these candidates, with all of them shrunk towards predictions together."""
+        steadied = steadied_rows(study, weights, [frames[c.plan.key] for c in of])
+        rows_of = [_weighed(one, weights, full) for one in steadied]
+        return shrunk_scores([as_measured(c.predicted, weights) for c in of], rows_of)
+
     floors = floors if floors and native.key in frames else {}
     kept = {plan.key: _kept(frames, plan, native, floors) for plan in plans if plan.key in rows}
     missed = {key: sum(one[task].mean < share for task, share in floors.items()) for key, one in kept.items()}
-    best = min(zip(run, likely, strict=True), key=lambda one: (missed[one[0].plan.key], -one[1]))[0]
+    best = min(zip(run, believed(run), strict=True), key=lambda one: (missed[one[0].plan.key], -one[1]))[0]
     # `len(run)` corrects each interval for having picked the best of that many
-    best, against_rival, words = _against_rival(best, rival, rows, scores, missed, len(run))
+    best, against_rival, words = _against_rival(best, rival, rows, scores, missed, len(run), believed)
     others = tuple(
         compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run), scores[c.plan.key])
         for c in run
@@ -111,20 +117,27 @@ def _against_rival(
     scores: Mapping[str, Score],
     missed: Mapping[str, int],
     tries: int,
+    believed: Callable[[Sequence[Candidate]], list[float]],
 ) -> tuple[Candidate, Comparison | None, str]:
     """The plan to recommend, its comparison with the rival, and the verdict in words, if there is one.
 
-    The rival is recommended instead where it is clearly better and misses no more floors.
+    The rival is recommended instead where it misses no more floors, and is clearly better, or smaller and no worse.
     """
     if rival is None or rival.plan.key not in rows or rival.plan.key == best.plan.key:
         return best, None, ""
     mine, theirs = rows[best.plan.key], rows[rival.plan.key]
     found = compare_with_plan(mine, theirs, rival.plan, "the best uniform plan", tries, scores[rival.plan.key])
-    if found.verdict != "worse":
-        return best, found, found.words
-    if missed[rival.plan.key] > missed[best.plan.key]:
+    keeps = missed[rival.plan.key] <= missed[best.plan.key]
+    if found.verdict == "worse":
+        if keeps:
+            return rival, None, f"A uniform plan is the best choice here. {found.words}"
         return best, found, f"{found.words} It misses a floor that this plan keeps."
-    return rival, None, f"A uniform plan is the best choice here. {found.words}"
+    if keeps and rival.size.bits < best.size.bits and found.difference.mean <= ROUNDING:
+        of_best, of_rival = believed([best, rival])
+        if of_rival >= of_best - ROUNDING:
+            sizes = f"{rival.size.bpw:.2f} bpw instead of {best.size.bpw:.2f}"
+            return rival, None, f"A uniform plan is chosen: it is smaller, {sizes}, and scores no lower. {found.words}"
+    return best, found, found.words
 
 
 def _frames(measured: Study, plans: Sequence[Plan]) -> dict[str, pd.DataFrame]:
