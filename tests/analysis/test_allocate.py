@@ -275,7 +275,7 @@ def test_a_smaller_uniform_plan_that_scores_no_lower_is_recommended(two_tasks: S
     # a little higher is luck, where it is predicted to score less, and predictions are more certain than readings
     certain = [replace(one, predicted={"vqa": Predicted(score, score - 0.01, score + 0.01, 1.0)})
                for one, score in ((rival, 0.57), (best, 0.6))]  # fmt: skip
-    readings = frame(0.58, noise=0.3, seed=1), frame(0.62, noise=0.3, seed=2)
+    readings = frame(0.58, noise=0.3, seed=1), frame(0.63, noise=0.3, seed=2)
     assert readings[0]["score"].mean() < readings[1]["score"].mean()
     assert judged(*readings).plan == rival.plan
     found = judged(*readings, *certain)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 import warnings
@@ -21,7 +23,10 @@ from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, sh
 from sensitivity.analysis.importance.random_forest import RandomForest
 from sensitivity.analysis.importance.ranking import cached, rank, rank_correlations
 from sensitivity.analysis.observations import observations_of, observations_of_table
+from sensitivity.analysis.reporting import sentences
+from sensitivity.analysis.reporting.page import report
 from sensitivity.cli import main as cli
+from sensitivity.cli.output.tables import print_ranking
 from sensitivity.spec.errors import UserError
 
 with warnings.catch_warnings():
@@ -326,3 +331,27 @@ def test_a_part_that_moves_another_task_was_quantized() -> None:
     told = " ".join(robustness.without_effect(still, [moving]))
     assert "language" not in told
     assert "connector alone never moved the score" in told
+
+
+def test_few_plans_have_no_intervals_which_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = np.array([[16] * 3, [16, 16, 3], [16, 16, 8], [16, 3, 16], [16, 8, 16], [3, 16, 16], [3] * 3, [8, 16, 16],
+                     [8] * 3], dtype=float)  # fmt: skip
+    study = planted.study(tmp_path, {"a": lambda bits: (8 - 2 * (bits[:, 0] == 3)) / 36 * (bits[:, 1] != 3)}, rows=rows)
+    found = rank(study)
+    assert found.no_intervals.startswith("9 trials give no intervals: ")
+    assert rank(planted.observations(planted.product), bootstraps=2, thorough=False).no_intervals == ""
+    assert rank(planted.observations(planted.product), bootstraps=0, thorough=False).no_intervals == ""
+    print_ranking(found)
+    told = capsys.readouterr().out
+    assert told.count("no intervals") == 1
+    assert not re.search(r"\bnan\b|unknown", told)
+    page = report(study, tmp_path / "report").read_text()
+    importance = page.split("Importance of the parts for a")[1].split("</table>")[0]
+    assert "nan" not in importance
+    assert importance.count("<td>–</td>") >= 3
+    assert page.count(found.no_intervals) == 2  # where it is said how sure that is, and under the table
+    assert not re.search(r"\[nan|nan[]–]", page)
+    # nor is there one for the choice of method
+    chosen = replace(found, choice={"consensus": 20.0, "consensus.low": math.nan, "consensus.high": math.nan})
+    table = study.table()
+    assert "decides 20 % of the differences in a; " in " ".join(sentences.summary(study, table, [], [chosen]).sure)

@@ -10,6 +10,8 @@ from typing import NotRequired, TypedDict, cast
 import numpy as np
 import pandas as pd
 
+from sensitivity.study.counting import count
+
 TITLES = {"shap": "SHAP", "fanova": "fANOVA", "ped_anova": "PED-ANOVA"}  # estimators whose name is not their title
 Values = dict[str, object]  # a row of a table by column, as JSON values
 
@@ -67,6 +69,16 @@ class Ranking:
     def order(self) -> tuple[str, ...]:
         """Components, most important first."""
         return tuple(self.table.index)
+
+    @property
+    def no_intervals(self) -> str:
+        """A sentence on why no interval is known; empty where they are known, or were not asked for."""
+        if not self.table.get("consensus.low", pd.Series(dtype=float)).isna().any():
+            return ""
+        return (
+            f"{count(self.trials, 'trial')} give no intervals: some resamples of so few hold nothing that differs in "
+            "score, and more plans would give them"
+        )
 
     def to_json(self) -> RankingJson:
         """Everything as JSON values, with null for NaN and infinity."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,9 +108,14 @@ def _doubt(ranking: Ranking) -> str:
 
 def _share(name: object, row: pd.Series) -> str:
     """A component with its share of the differences in score, and the interval where it is known."""
-    known = pd.notna(row.get("consensus.low"))  # NaN: some resample explains nothing
-    interval = f" [{row['consensus.low']:.0f}, {row['consensus.high']:.0f}]" if known else ""
-    return f"{name} {row['consensus']:.0f} %{interval}"
+    return f"{name} {row['consensus']:.0f} %{_interval(row)}"
+
+
+def _interval(row: Mapping[str, float] | pd.Series) -> str:
+    """The interval of a share, where it is known."""
+    low, high = row.get("consensus.low"), row.get("consensus.high")
+    # NaN: see Ranking.no_intervals
+    return f" [{low:.0f}, {high:.0f}]" if low is not None and high is not None and low == low else ""
 
 
 def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
@@ -140,11 +144,12 @@ def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Seque
             f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen, a straight line "
             f"{max(ranking.linear_r2, 0):.0%} of those it has."
         )
+        if ranking.no_intervals:
+            lines.append(f"{ranking.no_intervals}.")
         if ranking.choice:
-            low, high = (ranking.choice.get(f"consensus.{end}", math.nan) for end in ("low", "high"))
             lines.append(
                 f"The choice of method decides {ranking.choice['consensus']:.0f} % of the differences in "
-                f"{ranking.task} [{low:.0f}, {high:.0f}]; the shares of the parts are of their widths."
+                f"{ranking.task}{_interval(ranking.choice)}; the shares of the parts are of their widths."
             )
     if len(ranked) > 1:
         tau = rank_correlations({ranking.task: ranking for ranking in ranked}).to_numpy()

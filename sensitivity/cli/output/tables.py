@@ -172,8 +172,8 @@ def print_ranking(ranked: Ranking) -> None:
     every = [*ranked.table.iterrows(), *([("choice of method", ranked.choice)] if ranked.choice else [])]
     for name, row in every:
         shares = [f"{row[column]:.1f}" for column in ("forest", "permutation", "shap") if column in row]
-        known = row["consensus.low"] == row["consensus.low"]  # NaN: some resample explains nothing
-        interval = f" [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]" if known else " (interval unknown)"
+        known = row["consensus.low"] == row["consensus.low"]  # NaN: see Ranking.no_intervals
+        interval = f" [{row['consensus.low']:.1f}, {row['consensus.high']:.1f}]" if known else ""
         span = f"{row['consensus']:.1f}{interval}"
         rows.append((name, span, *shares))
     print_table(
@@ -182,7 +182,7 @@ def print_ranking(ranked: Ranking) -> None:
         ("component", "consensus", "forest", "permutation", "SHAP"),
         rows,
     )
-    for warning in ranked.warnings:
+    for warning in (*ranked.warnings, *filter(None, [ranked.no_intervals])):
         print(f"  note: {warning}")
 
 
