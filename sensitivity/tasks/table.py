@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -112,6 +113,9 @@ def find(name: str) -> Callable[[str, int, int], Task]:
         return partial(sets[head], Path(folder).expanduser())
     if colon and head in lines.SCORERS:
         return partial(lines.own_task, Path(folder).expanduser(), scorer=head)
+    of_file = colon and (name.endswith(".jsonl") or os.path.exists(os.path.expanduser(folder)))
+    if of_file and not os.path.exists(os.path.expanduser(name)):  # a file's name may have a colon
+        raise unknown("scorer", head, lines.SCORERS)
     if name.endswith(".jsonl"):
         return partial(lines.own_task, Path(name).expanduser())
     owns = (*(f"{scorer}:PATH" for scorer in lines.SCORERS), "FILE.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from recalls import recalls
 
 from experiments.small.datasets import COUNT, WRITE, bench, coco, flickr, gqa, picture, rsvqa, vqav2, write
+from sensitivity.cli.arguments.values import task_names
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.models.vlm import VLM
@@ -347,6 +349,25 @@ def test_own_lines_with_a_scorer(tmp_path: Path) -> None:
         ("iou", {"boxes": []}, "line 1 lacks boxes"),
         ("iou", {"boxes": [[10, 10, 10, 40]]}, "line 1 has a box without an area"),
         (
+            "iou",
+            {"boxes": [[60, 10, 20, 30]]},
+            r"line 1 has the box \[60, 10, 20, 30\], which ends before it begins: box",
+        ),
+        (
+            "recall",
+            {"boxes": [[1, 1, 9, 9], [9999, 1, 10010, 9]]},
+            "line 1 has a box outside of its image, which is 8 by 6 pixels",
+        ),
+        ("iou", {"boxes": [[1, 1, math.inf, 9]]}, "line 1: boxes is .* instead of"),
+        ("yesno", {"answers": ["yes", "No."]}, "is answered with 'yes' and 'No.'; in yesno: .* one of them alone"),
+        ("bleu", {"answers": ["cat"]}, "unknown scorer 'bleu'; choose from exact, vqa, iou,"),
+        ("yseno", {"answers": ["yes"]}, "unknown scorer 'yseno'; .*did you mean yesno"),
+        (
+            "exact",
+            {"image": "https://a.org/b.png", "answers": ["cat"]},
+            "line 1 names https://a.org/b.png, .*download it",
+        ),
+        (
             "exact",
             {"answers": ["cat"], "image": "gone.png"},
             r"1 of 1 examples left out: no image file \(line-000001: gone.png\)",
@@ -358,6 +379,51 @@ def test_own_lines_that_do_not_fit_are_refused(tmp_path: Path, scorer: str, line
     write(tmp_path / "x.jsonl", [{"image": "a.png", "prompt": "?", **line}])
     with pytest.raises(UserError, match=message):
         task(f"{scorer}:{tmp_path / 'x.jsonl'}")
+
+
+def test_a_line_that_is_a_list_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('\n["a.png", "what?", "cat"]\n')
+    with pytest.raises(
+        UserError, match=r'line 2 is \["a.png", "what\?", "cat"\] instead of an object; each line is like'
+    ):
+        task(str(tmp_path / "x.jsonl"))
+
+
+def test_boxes_that_reach_beyond_their_image_are_kept_with_a_note_unless_by_rounding(tmp_path: Path) -> None:
+    width, height = 80, 60
+    picture(tmp_path / "a.png", (width, height))
+    line = {"image": "a.png", "prompt": "where?"}
+    boxes = [[-0.5, 0, width + 1, height], [0, 0, width + 12.5, 9], [-3, 0, 9, 9], [1, 1, 9, 9]]
+    write(tmp_path / "x.jsonl", [{**line, "id": f"box {i}", "boxes": [box]} for i, box in enumerate(boxes)])
+    found = task(f"iou:{tmp_path / 'x.jsonl'}")
+    beyond = (
+        "2 of 4 examples have boxes that reach beyond their image, by at most 12.5 pixels (line 2, 3); they are used"
+    )
+    assert [note for note in found.notes if "boxes" in note] == [f"{beyond} as they are"]
+    kept = [example.regions.polygons[0] for example in found.examples if example.regions]
+    assert max(x for x, _ in kept[1]) == width + 12.5
+
+
+def test_a_file_whose_name_has_a_comma_or_a_colon_is_taken_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "a.png")
+    for name in ("my, own.jsonl", "b.jsonl", "at 12:30.jsonl"):
+        write(tmp_path / name, [{"image": "a.png", "prompt": "?", "answers": ["cat"]}])
+    typed = "vqa,exact:my, own.jsonl, b.jsonl,my, own.jsonl,gone, too.jsonl,lmms-eval:chartqa,textvqa_val"
+    library = ("lmms-eval:chartqa", "lmms-eval:textvqa_val")
+    assert task_names(typed) == (
+        "vqa",
+        "exact:my, own.jsonl",
+        "b.jsonl",
+        "my, own.jsonl",
+        "gone",
+        "too.jsonl",
+        *library,
+    )
+    for name in ("exact:my, own.jsonl", "at 12:30.jsonl", "exact:at 12:30.jsonl"):
+        assert len(task(name).examples) == 1
 
 
 def test_boxes_are_in_pixels_of_the_upright_image(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from sensitivity.spec.plan import ROUNDED
@@ -189,13 +190,26 @@ LIBRARIES = ("lmms-eval:", "vlmeval:")  # prefixes that also apply to the names 
 def task_names(text: str) -> tuple[str, ...]:
     """Tasks, separated by commas; the prefix of an evaluation library applies to the tasks after it, too."""
     names, library = [], ""
-    for name in comma_separated(model_or_task)(text):
+    for name in dict.fromkeys(model_or_task(piece.strip()) for piece in _without_cutting_files(text.split(","))):
         if ":" in name or name.endswith(".jsonl"):
             library = next((one for one in LIBRARIES if name.startswith(one)), "")
             names.append(name)
         else:
             names.append(library + name)
     return tuple(dict.fromkeys(names))
+
+
+def _without_cutting_files(pieces: list[str]) -> Iterator[str]:
+    """The pieces, of which those that together name a file or folder that is there, with commas, are one."""
+    while pieces:
+        for count in range(len(pieces), 0, -1):
+            name = ",".join(pieces[:count]).strip()
+            head, _, rest = name.partition(":")
+            places = (name if name.endswith(".jsonl") else "", "" if "," in head else rest)
+            if count == 1 or any(place and os.path.exists(os.path.expanduser(place)) for place in places):
+                yield name
+                pieces = pieces[count:]
+                break
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sensitivity.spec.errors import UserError
@@ -20,6 +22,8 @@ from sensitivity.spec.fields import (
     list_of,
     one_of,
     parsed,
+    quoted,
+    shortened,
 )
 from sensitivity.tasks.datasets.source import DatasetFolder, Record, draw
 from sensitivity.tasks.examples import videos
@@ -74,6 +78,8 @@ SCORERS: dict[str, Scorer] = {
     "yesno": yes_no.task,
 }
 BOXED = ("iou", "recall")  # scorers of answers that are boxes
+ROUNDED = 1.0  # pixels by which a box may reach beyond its image without a note
+URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 def own_task(
@@ -135,19 +141,39 @@ def task_from_lines(
 ) -> Task:
     """The task of lines that were read from `path`."""
     source = DatasetFolder(path.stem, path.parent, "correct or remove those lines")
-    drawn = draw((_example(path, line, scorer in BOXED) for line in lines), n, seed, str(path), split)
+    numbers: dict[str, int] = {}  # of lines, by their examples' ids
+
+    def made() -> Iterator[Example]:
+        for line in lines:
+            example = _example(path, line, scorer in BOXED)
+            numbers[example.id] = line["number"]
+            yield example
+
+    drawn = draw(made(), n, seed, str(path), split)
     examples, left_out = source.with_usable_images(drawn)
     notes = (*notes, *videos.note([example.image for example in examples]), *left_out)
     if scorer in BOXED:
         examples = tuple(map(grounding.with_image_size, examples))
-        for example in examples:
-            if image_size := grounding.size_where_a_box_is_outside(example):
-                raise UserError(
-                    f"{path}: example {example.id} has a box outside of its image, which is {image_size}; {BOXES}"
-                )
+        notes = (*notes, *_boxes_beyond(path, examples, numbers))
     if score is not None:
         return Task(path.stem, examples, score, notes=notes)
     return SCORERS[scorer](path.stem, examples, notes)
+
+
+def _boxes_beyond(path: Path, examples: Sequence[Example], numbers: Mapping[str, int]) -> Iterator[str]:
+    """A note on boxes that reach beyond their image by more than is rounded; an error for one that is not in it."""
+    beyond = {example: far for example in examples if (far := grounding.beyond_image(example)) > ROUNDED}
+    for example, far in beyond.items():
+        if far == math.inf and example.regions:
+            size = f"{example.regions.width} by {example.regions.height} pixels"
+            number = numbers[example.id]
+            raise UserError(f"{path}, line {number} has a box outside of its image, which is {size}; {BOXES}")
+    if beyond:
+        few = ", ".join(str(numbers[example.id]) for example in list(beyond)[:3]) + ", ..." * (len(beyond) > 3)
+        yield (
+            f"{len(beyond)} of {len(examples)} examples have boxes that reach beyond their image, by at most "
+            f"{max(beyond.values()):g} pixels (line {few}); they are used as they are"
+        )
 
 
 def lines_of(path: Path, boxes: bool = False) -> Iterator[Record]:
@@ -164,7 +190,9 @@ def lines_of(path: Path, boxes: bool = False) -> Iterator[Record]:
             fields = parsed(line)
         except InvalidValue as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}); {needs}") from error
-        given = fields if isinstance(fields, dict) else {}
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}, line {number} is {quoted(fields)} instead of an object; {needs}")
+        given = fields
         shown = "video" if "video" in given else "image"
         right_line = VIDEO if shown == "video" and not boxes else needs
         if missing := [name for name in (shown, "prompt", right) if given.get(name) in (None, "", [])]:
@@ -199,10 +227,21 @@ def _example(path: Path, fields: Record, boxes: bool) -> Example:
         raise UserError(f"{line} has an empty answer; {needs}")
     regions = None
     if boxes:
+        for box in fields["boxes"]:
+            if grounding.is_inverted(box):
+                raise UserError(
+                    f"{line} has the box {quoted(box)}, which ends before it begins: boxes are [x1, y1, x2, y2], and "
+                    "not a corner, a width and a height"
+                )
         whole = grounding.polygons(fields["boxes"])
         if whole is None:
             raise UserError(f"{line} has a box without an area; {needs}")
         regions = Regions(0, 0, whole)
+    if urls := [one for one in _names(fields) if isinstance(one, str) and URL.match(one)]:
+        raise UserError(
+            f"{line} names {shortened(urls[0])}, and images and videos must be files on this machine; download it, and "
+            "give the path of the file"
+        )
     first, *more = _images(path.parent, fields)
     name = fields.get("id")
     return Example(

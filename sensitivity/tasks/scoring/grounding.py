@@ -134,14 +134,21 @@ def with_image_size(example: Example) -> Example:
     return replace(example, answers=example.answers or (text,), regions=Regions(width, height, known.polygons))
 
 
-def size_where_a_box_is_outside(example: Example) -> str | None:
-    """The size of the image, if one of its true boxes lies completely outside; None if there is no such box."""
-    known = _regions(example)
+def beyond_image(example: Example) -> float:
+    """By how many pixels a true box reaches beyond its image, at most; infinity where one lies completely outside."""
+    known, farthest = _regions(example), 0.0
     for polygon in known.polygons:
         (left, right), (top, bottom) = ((min(ends), max(ends)) for ends in zip(*polygon, strict=True))
         if right <= 0 or bottom <= 0 or left >= known.width or top >= known.height:
-            return f"{known.width} by {known.height} pixels"
-    return None
+            return math.inf
+        farthest = max(farthest, -left, -top, right - known.width, bottom - known.height)
+    return farthest
+
+
+def is_inverted(box: Sequence[float | Sequence[float]]) -> bool:
+    """Whether a box of four numbers ends before it begins, as one of a corner, a width and a height may."""
+    flat = [v for v in box if isinstance(v, int | float)]
+    return len(flat) == len(box) == 4 and (flat[2] < flat[0] or flat[3] < flat[1])
 
 
 def polygons(boxes: Sequence[Sequence[float | Sequence[float]]]) -> tuple[tuple[Point, ...], ...] | None:

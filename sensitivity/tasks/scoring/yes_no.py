@@ -15,10 +15,12 @@ _WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 def task(name: str, examples: tuple[Example, ...], notes: tuple[str, ...] = ()) -> Task:
     """1 for the right one of yes and no; the metrics are POPE's, where yes is the positive answer."""
     for example in examples:
-        if says_yes(example.answers[0]) is None:
+        said = {says_yes(answer) for answer in example.answers}
+        if len(said) > 1 or None in said:
+            given = " and ".join(map(repr, example.answers))
             raise UserError(
-                f"example {example.id} of {name} is answered with {example.answers[0]!r}; in yesno: the answer is yes "
-                "or no"
+                f"example {example.id} of {name} is answered with {given}; in yesno: the answer is yes or no, and one "
+                "of them alone"
             )
     metrics = {"F1": f1, "precision": precision, "recall": recall, "yes": share_of_yes}
     return Task(
