@@ -17,6 +17,7 @@ from sensitivity.analysis.allocate.kept_recommendation import files_for
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.api.imported_plans import plan_of_model
 from sensitivity.api.recommending import FRESH
 from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.formats.table import CHECKPOINTS, CHECKS, FORMATS, may_be_written, write
@@ -32,6 +33,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
+from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Failed, Notice, UserError, reason, shell_word, unknown
 from sensitivity.spec.files import check_may_replace, write_atomically
 from sensitivity.spec.plan import Plan, Scheme
@@ -82,8 +84,10 @@ def export(
         >>> from sensitivity import export
         >>> folder = export(study, choice.plan, "out/vqa", format="fake", model=vlm)
     """
-    out, meta = Path(out), study.meta
-    _check_loadable(study, plan, format, runtime or format)
+    out, meta, parts = Path(out), study.meta, study.parts
+    if "imported" in meta and not (format == "plan" and out.suffix == ".json"):  # which holds no weights
+        parts, plan = plan_of_model(study, plan, model, format)
+    _check_loadable(study, parts, plan, format, runtime or format)
     may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long
     if format in CHECKS:
         CHECKS[format](model or meta.get("model", ""))
@@ -95,7 +99,7 @@ def export(
         plan, gain = _on_path(study, plan, path, model)
     job = Job(
         model=model or meta.get("model", ""),
-        parts=study.parts,
+        parts=parts,
         plan=plan,
         facts={"study": str(study.path), **(facts or {})},
         dtype=getattr(torch, meta.get("dtype", "float16")),
@@ -124,11 +128,11 @@ def _note(study: Path, out: Path, facts: Mapping[str, object]) -> None:
         warnings.warn(f"{out} is whole, but {study} does not list it ({reason(error)})", Notice, stacklevel=2)
 
 
-def _check_loadable(study: Study, plan: Plan, format: str, loader: str) -> None:
+def _check_loadable(study: Study, parts: ComponentMap, plan: Plan, format: str, loader: str) -> None:
     """Raise an error for an unknown format, or a plan that the runtime (or the format's own) cannot load."""
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    if broken := violations(study.parts, plan, loader):
+    if broken := violations(parts, plan, loader):
         raise UserError(f"{loader} cannot hold this plan: {'; '.join(broken)}. {_instead(study, plan, loader)}")
 
 

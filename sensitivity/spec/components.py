@@ -188,6 +188,7 @@ class ComponentMap:
     weights: tuple[Weight, ...]
     kept: tuple[Kept, ...]
     native_bits: int = 16  # bits per weight of the checkpoint, for everything that is not quantized
+    sized: bool = True  # False where no sizes are known, as in a table without them: all components then count alike
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
@@ -231,8 +232,11 @@ class ComponentMap:
         return matching
 
     def to_json(self) -> dict[str, object]:
-        """All fields as JSON values."""
-        return asdict(self)
+        """All fields as JSON values; `sized` only where it is False."""
+        fields = asdict(self)
+        if self.sized:
+            del fields["sized"]
+        return fields
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ComponentMap:
@@ -243,6 +247,7 @@ class ComponentMap:
             weights=tuple(Weight(**w) for w in data["weights"]),
             kept=tuple(Kept(**k) for k in data["kept"]),
             native_bits=data["native_bits"],
+            sized=data.get("sized", True),
         )
 
 

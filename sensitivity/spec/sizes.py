@@ -46,6 +46,7 @@ class Size:
     format: str | None = None  # the format whose files are counted; None: what the methods themselves store
     # bits of keys and values per token, where a plan rounds some; not part of `bits`, since no file holds a cache
     cache_bits: int | None = None
+    sized: bool = True  # False where the sizes of components are not known (see ComponentMap): no bytes then
 
     @property
     def bytes(self) -> int:
@@ -60,6 +61,8 @@ class Size:
     @property
     def counted(self) -> str:
         """What was counted, in words."""
+        if not self.sized:
+            return "as the mean width of the parts, whose sizes are not known"
         return "all stored" if self.format is None else f"all stored in {self.format} files"
 
     def to_json(self) -> SizeJson:
@@ -72,6 +75,8 @@ class Size:
 
 def bytes_in_words(count: float) -> str:
     """A number of bytes with three digits and a unit, such as 13.5 GB."""
+    if count < 1e3:
+        return f"{count:.0f} bytes"
     for unit, name in ((GB, "GB"), (MB, "MB")):
         if count >= unit:
             return f"{count / unit:.{max(0, 2 - int(math.log10(count / unit)))}f} {name}"
@@ -167,7 +172,8 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     # the papers count 16 bits for what is not quantized, whatever the checkpoint stores
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel
-    return Size(stored, codes, parts.numel, bpw_codes, format if format in FILES else None, cache_bits(parts, plan))
+    format = format if format in FILES else None
+    return Size(stored, codes, parts.numel, bpw_codes, format, cache_bits(parts, plan), parts.sized)
 
 
 def cache_bits(parts: ComponentMap, plan: Plan) -> int | None:

@@ -72,7 +72,7 @@ def test_budgets_in_bits_per_weight_and_in_bytes(parts: ComponentMap) -> None:
 @pytest.mark.parametrize(
     ("count", "words"),
     [
-        (0, "0 kB"),
+        (0, "0 bytes"),
         (999_999, "1000 kB"),
         (1.83e6, "1.83 MB"),
         (18.3e6, "18.3 MB"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.importance.ranking import rank
+from sensitivity.analysis.reporting.page import report
 from sensitivity.cli import main as cli
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
@@ -246,3 +248,51 @@ def test_the_published_tables(tmp_path: Path, published: Path) -> None:
     )  # fmt: skip
     assert found.used == 1500
     assert len(found.study.parts.names) == 18
+
+
+def test_a_table_without_sizes_makes_up_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = import_table(write(tmp_path, table()), tmp_path / "run", ["cider"], parts=COLUMNS, method="rtn").study
+    in_bytes = re.compile(r"\d (bytes|[kMG]B)\b")
+    assert cli.main(["recommend", str(study.path), "--bpw", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "bpw as the mean width of the parts, whose sizes are not known" in told
+    assert not in_bytes.search(told + (study.path / "plan.md").read_text())
+    page = re.sub(r"<(svg|script|style).*?</\1>", "", report(study, tmp_path / "r").read_text(), flags=re.S)
+    assert not in_bytes.search(page)
+    assert cli.main(["recommend", str(study.path), "--bpw", "1"]) == 2
+    assert (
+        "no measured plan fits 1.00 bpw: with these widths, 2.00 to 16.00 bpw can be reached" in capsys.readouterr().err
+    )
+    assert cli.main(["recommend", str(study.path), "--gb", "1"]) == 2
+    assert "needs the sizes of the parts" in capsys.readouterr().err
+    assert not Study(study.path).parts.sized
+
+
+def test_few_weights_are_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numel = dict.fromkeys(COLUMNS.values(), 100)
+    study = import_table(write(tmp_path, table()), tmp_path / "run", ["cider"], parts=COLUMNS, numel=numel).study
+    assert cli.main(["recommend", str(study.path), "--bpw", "4"]) == 0
+    assert "Best plan for 4 bits per weight (150 bytes), judged by cider" in capsys.readouterr().out
+
+
+def test_an_export_of_an_imported_table_asks_for_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame, out = write(tmp_path, table()), tmp_path / "out"
+    study = import_table(frame, tmp_path / "run", ["cider"], parts=COLUMNS, method="rtn").study
+    line = ["export", str(study.path), "--bpw", "4", "--out", str(out)]
+    assert cli.main([*line, "--format", "fake"]) == 2
+    assert "which holds no weights: name the model that it is about, --model MODEL" in capsys.readouterr().err
+    assert cli.main(line) == 2
+    assert (
+        "its plan is a file, `--out plan.json`; other formats are folders, for which --model names"
+        in capsys.readouterr().err
+    )
+    model = ["--format", "fake", "--model", "embedded:scenes-llava"]
+    assert cli.main([*line, *model]) == 0
+    known = json.loads((out / "sensitivity.json").read_text())
+    plan = solve(study, bpw=4)[0].plan
+    assert (known["model"], Plan.from_json(known["plan"])) == ("embedded:scenes-llava", plan)
+    # by no method that there is, or one that a table does not tell the data of
+    for method, words in (("codes", "'codes' is no method"), ("gptq", "'gptq' needs calibration data")):
+        other = import_table(frame, tmp_path / method, ["cider"], parts=COLUMNS, method=method).study
+        assert cli.main(["export", str(other.path), *line[2:], "--force", *model]) == 2
+        assert words in capsys.readouterr().err

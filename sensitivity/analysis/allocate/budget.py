@@ -195,10 +195,14 @@ def infeasible(
         return UserError("no plan obeys these constraints: components that must share have no width in common")
     low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
     if low > budget:
+        asked = reached = ""
+        if knapsack.parts.sized:
+            files = f" in {knapsack.format} files" if knapsack.format else ""
+            asked = f" ({bytes_in_words(budget / 8)})"
+            reached = f" ({bytes_in_words(low / 8)} to {bytes_in_words(high / 8)}{files})"
         return UserError(
-            f"{subject} fits {budget / numel:.2f} bpw ({bytes_in_words(budget / 8)}): with these widths, "
-            f"{low / numel:.2f} to {high / numel:.2f} bpw ({bytes_in_words(low / 8)} to {bytes_in_words(high / 8)}"
-            f"{f' in {knapsack.format} files' if knapsack.format else ''}) can be reached; "
+            f"{subject} fits {budget / numel:.2f} bpw{asked}: with these widths, "
+            f"{low / numel:.2f} to {high / numel:.2f} bpw{reached} can be reached; "
             "ask for more, or sweep lower widths (--bits)"
         )
     if knapsack.limits is not None:

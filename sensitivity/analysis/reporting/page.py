@@ -80,6 +80,7 @@ def report(
         "report.html",
         model=study.parts.model,
         by=study.parts.by,
+        sized=study.parts.sized,
         trials=len(table),
         format=study.format,
         tasks=tasks,

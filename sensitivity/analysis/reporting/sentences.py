@@ -48,10 +48,8 @@ def summary(
 
 def plan_to_use(one: Recommendation) -> str:
     """That a recommended plan is to be used; or, where it has lost what full precision can, that none is of use."""
-    size = (
-        f"{one.size.bpw:.2f} bits per weight{f' in {one.size.format} files' if one.size.format else ''} "
-        f"({bytes_in_words(one.size.bytes)})"
-    )
+    size = f"{one.size.bpw:.2f} bits per weight{f' in {one.size.format} files' if one.size.format else ''}"
+    size += f" ({bytes_in_words(one.size.bytes)})" if one.size.sized else ""
     if lost := what_is_lost(one):
         return (
             f"No plan within a budget of {one.budget:.2f} is of use for {' and '.join(lost)}: the best, "

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags
+from sensitivity.spec.errors import UserError
 
 if TYPE_CHECKING:
     from sensitivity.spec.components import ComponentMap
@@ -24,5 +25,10 @@ def budgets_in_bpw(args: argparse.Namespace, parts: ComponentMap) -> tuple[float
 
     if args.gb is None:
         return tuple(args.bpw)
+    if not parts.sized:
+        raise UserError(
+            "a budget in GB needs the sizes of the parts, which the imported table does not say: give --bpw, or "
+            "import it with --numel"
+        )
     headers = header_bytes(parts, files_of(args.runtime))
     return tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)

@@ -190,10 +190,11 @@ def print_recommendation(best: Recommendation) -> None:
     """Print a plan with its size, and its score beside full precision and the best uniform plan."""
     print()
     size = best.size
-    allowed = bytes_in_words(size.bytes * best.budget / size.bpw)
-    print(f"Best plan for {best.budget:.4g} bits per weight ({allowed}), judged by {best.task}:")
+    allowed = f" ({bytes_in_words(size.bytes * best.budget / size.bpw)})" if size.sized else ""
+    print(f"Best plan for {best.budget:.4g} bits per weight{allowed}, judged by {best.task}:")
     print(f"  {best.plan.describe()}")
-    print(f"  {size.bpw:.2f} bpw {size.counted} ({size.bpw_codes:.2f} codes only), {bytes_in_words(size.bytes)}")
+    in_bytes = f" ({size.bpw_codes:.2f} codes only), {bytes_in_words(size.bytes)}" if size.sized else ""
+    print(f"  {size.bpw:.2f} bpw {size.counted}{in_bytes}")
     if best.measured is None:
         expected = best.predicted
         print(f"  predicted {best.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")

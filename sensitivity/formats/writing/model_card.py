@@ -102,10 +102,16 @@ def _plan_lines(parts: ComponentMap, plan: Plan, facts: TrialFacts, verdict: str
     yield "|---|---|---|---|---|---|---|"
     for component in parts.components:
         stored = component_bits(parts, component.name, plan[component.name]) // 8
-        yield f"| {escaped(component.name)} | {_scheme(plan[component.name])} | {component.numel:,} | {stored:,} |"
-    kept = sum(one.numel for one in parts.kept)
-    yield f"| kept ({_reasons(parts)}) | native | | | | {kept:,} | {kept_bits(parts) // 8:,} |"
-    yield from ("", f"{weighs.bytes:,} bytes, {weighs.bpw:.3f} bits per weight (codes alone: {weighs.bpw_codes:.3f}).")
+        sizes = f"{component.numel:,} | {stored:,}" if parts.sized else "– | –"
+        yield f"| {escaped(component.name)} | {_scheme(plan[component.name])} | {sizes} |"
+    if parts.kept or parts.sized:
+        kept = sum(one.numel for one in parts.kept)
+        yield f"| kept ({_reasons(parts)}) | native | | | | {kept:,} | {kept_bits(parts) // 8:,} |"
+    if parts.sized:
+        total = f"{weighs.bytes:,} bytes, {weighs.bpw:.3f} bits per weight (codes alone: {weighs.bpw_codes:.3f})."
+    else:
+        total = f"{weighs.bpw:.3f} bits per weight, {weighs.counted}."
+    yield from ("", total)
     yield from ("", "## Scores", "", *_scores(facts))
     if measured := list(_measured(plan, facts)):
         yield from ("", "## How it was measured", "", *measured)

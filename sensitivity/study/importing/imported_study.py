@@ -66,7 +66,7 @@ def import_table(
     bits = columns.bits(table, parts) if parts is not None else columns.switched_bits(table, switches)
     bits, values, notes = _usable_rows(table, bits, scores, path)
     components = component_map(list(bits.columns), numel or {}, total, model or Path(path).stem)
-    if components.numel == sum(w.numel for w in components.weights) and not numel:
+    if not components.sized:
         notes.append("no sizes given (--numel): every component counts the same, bpw is their mean width")
     plans = [_plan(components, row, method) for _, row in bits.iterrows()]
     meta = {
