@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
@@ -34,7 +34,7 @@ from sensitivity.cli.verbs import (
 from sensitivity.cli.verbs.reading import atlas, compare, failures, table, watch
 from sensitivity.cli.verbs.timing import bench, profile
 from sensitivity.spec import standard_output, threads
-from sensitivity.spec.errors import Failed, Notice, UserError, os_message, printable
+from sensitivity.spec.errors import Failed, Notice, Partly, UserError, os_message, printable
 from sensitivity.spec.files import finite
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args), which returns what --json prints. Verbs
@@ -104,6 +104,8 @@ def _run(words: Sequence[str], asked: argparse.Namespace) -> int:
     except BrokenPipeError:  # as with `| head`; Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except Partly as error:
+        return fail(asked, str(error), REFUSED, error.facts)
     except UserError as error:
         return fail(asked, str(error), FAILED if isinstance(error, Failed) else REFUSED)
     except OSError as error:
@@ -116,13 +118,16 @@ def _run(words: Sequence[str], asked: argparse.Namespace) -> int:
         return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
 
 
-def fail(args: argparse.Namespace, message: str, status: int) -> int:
-    """Print an error as one sentence, or with --json as an object on both outputs; returns the exit code."""
+def fail(args: argparse.Namespace, message: str, status: int, result: Mapping[str, object] = {}) -> int:
+    """Print an error as one sentence, or with --json as an object on both outputs; returns the exit code.
+
+    On standard output, the object has the result of what could be done, too.
+    """
     message, shown = printable(message), args.debug and status != STOPPED
     if args.json:
         facts = {"error": message, "exit": status}
         print(json.dumps(facts | ({"traceback": traceback.format_exc()} if shown else {})), file=sys.stderr)
-        print(json.dumps(facts))
+        print(json.dumps(finite({**result, **facts}), default=str))
         return status
     if shown:
         traceback.print_exc()

@@ -29,6 +29,14 @@ class Failed(UserError):
     """An operation that failed although the request was right, such as a verification, or writing to a full disk."""
 
 
+class Partly(UserError):
+    """What of a request could not be met, where the rest was; `facts` is the rest's result, which --json prints."""
+
+    def __init__(self, message: str, facts: dict[str, object]) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
 class Notice(UserWarning):
     """A warning that the command line shows once, as one line; the work goes on."""
 

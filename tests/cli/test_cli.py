@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,27 @@ def test_a_list_of_budgets_is_run_once(study: Path, capsys: pytest.CaptureFixtur
         assert found["plan"]["vision"] is None or found["plan"]["vision"]["bits"] in (4, 8)
         assert found["measured"]["n"] == 15
         assert found["provenance"]["asked"]["bpw"] == [5, 7]
+
+
+def test_a_budget_that_cannot_be_met_leaves_the_others_answered(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(study, mine)
+    for name in ("plan.json", "plan.md"):
+        (mine / name).unlink(missing_ok=True)
+    status, out, err = run(capsys, f"recommend {mine} --bpw 1,5,7 --no-run")
+    assert status == 2
+    assert [f"Best plan for {bpw} bits per weight" in out for bpw in (1, 5, 7)] == [False, True, True]
+    assert "error: 1 bpw: no measured plan fits 1.00 bpw" in err
+    assert json.loads((mine / "plan.json").read_text())["size"]["bpw"] <= 5
+    assert (mine / "plan-7bpw.json").exists()
+    status, out, err = run(capsys, f"recommend {mine} --bpw 5,1 --no-run --json")
+    found = one_object(out)
+    assert [one["budget_bpw"] for one in found["budgets"]] == [5]
+    assert {"error": found["error"], "exit": found["exit"]} == json.loads(err.splitlines()[-1])
+    assert status == found["exit"] == 2
+    assert run(capsys, f"recommend {mine} --bpw 1,1.5 --no-run")[0] == 2
 
 
 @pytest.mark.slow

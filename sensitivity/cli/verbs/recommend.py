@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,11 @@ from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import print_answer_counts, print_recommendation, print_runtime_costs
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import Partly, UserError
 from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
+    from sensitivity.analysis.allocate.kept_recommendation import Proposed
     from sensitivity.analysis.allocate.recommendation import Recommendation
     from sensitivity.analysis.allocate.request import PlanRequest
     from sensitivity.api.in_runtime import InRuntime
@@ -87,8 +89,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.prior:
         check_priors(args.prior)
         expect_from(study, args.prior, schemes_of(study))
+    request, proposals, unmet = _proposed(study, request, times)
     vlm = _model(args, study)
-    recommendations, steps = begin_recommendation(study, request, vlm, times=times)
+    recommendations, steps = begin_recommendation(study, request, vlm, proposals, times)
     if vlm is not None:
         show_progress_in_json(steps) if args.json else show_progress(steps, "verifying")
     best = recommendations()
@@ -110,7 +113,30 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}
         for one, path, outcome in zip(best, paths, ran, strict=True)
     ]
-    return facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 else {})
+    result = facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 or unmet else {})
+    if unmet:
+        raise Partly("; ".join(unmet), result)
+    return result
+
+
+def _proposed(study: Study, request: PlanRequest, times: LayerTimes | None) -> tuple[PlanRequest, Proposed, list[str]]:
+    """The request for those budgets that can be met, what is proposed for them, and a sentence for each other one."""
+    from sensitivity.analysis.allocate.kept_recommendation import proposed
+
+    try:
+        return request, proposed(study, request, times), []
+    except UserError:
+        if len(request.bpw) == 1:
+            raise
+    met, failures = {}, {}
+    for bpw in request.bpw:
+        try:
+            (met[bpw],) = proposed(study, replace(request, bpw=(bpw,)), times)
+        except UserError as error:
+            failures[bpw] = error
+    if not met:
+        raise failures[request.bpw[0]]
+    return replace(request, bpw=tuple(met)), list(met.values()), [f"{bpw:g} bpw: {failures[bpw]}" for bpw in failures]
 
 
 def _model(args: argparse.Namespace, study: Study) -> VLM | None:
@@ -149,7 +175,6 @@ def _show(
 def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
     """The request that the flags make: budgets, tasks, floors and limits."""
     from sensitivity.analysis.allocate.request import PlanRequest
-    from sensitivity.spec.errors import UserError
     from sensitivity.spec.plan import Plan
     from sensitivity.spec.runtimes.layer_times import LIMITED
     from sensitivity.spec.sizes import size
