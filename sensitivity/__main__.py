@@ -1,7 +1,20 @@
 """`python -m sensitivity` is the same as `sensitivity`."""
 
+import signal
 import sys
 
-from sensitivity.cli.main import main
 
-sys.exit(main())
+def run() -> int:
+    """Run the command line; Ctrl-C before it has begun, or while Python ends, prints no traceback."""
+    try:
+        from sensitivity.cli.main import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

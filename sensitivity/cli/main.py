@@ -14,6 +14,7 @@ from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.output import json_lines
+from sensitivity.cli.processes import interrupts
 from sensitivity.cli.processes.collector import look_seldom
 from sensitivity.cli.verbs import (
     demo,
@@ -78,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # looked up before parsing, so that errors of parsing honor --json and --debug too
     asked = argparse.Namespace(argv=words, json="--json" in words, debug="--debug" in words)
-    with json_lines.on_standard_error(asked.json):
-        return _run(words, asked)
+    with json_lines.on_standard_error(asked.json), interrupts.heard() as heard:
+        return _run(words, asked, heard)
 
 
-def _run(words: Sequence[str], asked: argparse.Namespace) -> int:
+def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Interrupts) -> int:
     """Run one verb, and turn every error into an exit code."""
     try:
         args = parser_of(VERBS, words).parse_args(words, asked)  # keeps `argv`: workers run the same command
@@ -99,8 +100,7 @@ def _run(words: Sequence[str], asked: argparse.Namespace) -> int:
             print(json.dumps(finite(facts), indent=2, default=str))
         return 0
     except KeyboardInterrupt:
-        kept = "; what was finished is kept, and the same command continues" if set(words[:1]) & CONTINUED else ""
-        return fail(asked, f"stopped{kept}", STOPPED)
+        return _stopped(words, asked)
     except BrokenPipeError:  # as with `| head`; Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -113,9 +113,17 @@ def _run(words: Sequence[str], asked: argparse.Namespace) -> int:
     except MemoryError as error:
         return fail(asked, str(error) or "out of memory", FAILED)
     except Exception as error:
+        if heard.pressed:  # a library that was interrupted while it was imported raises errors of its own
+            return _stopped(words, asked)
         if isinstance(error, ImportError) and any(sign in str(error) for sign in OUT_OF_MEMORY):
             return fail(asked, f"out of memory while a library was loaded: {error}", FAILED)
         return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
+
+
+def _stopped(words: Sequence[str], asked: argparse.Namespace) -> int:
+    """Say that Ctrl-C stopped the verb, and what is left of its work."""
+    kept = "; what was finished is kept, and the same command continues" if set(words[:1]) & CONTINUED else ""
+    return fail(asked, f"stopped{kept}", STOPPED)
 
 
 def fail(args: argparse.Namespace, message: str, status: int, result: Mapping[str, object] = {}) -> int:
