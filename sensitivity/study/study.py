@@ -192,6 +192,10 @@ class Study:
         """How many running plans have lost their process, which ended on this machine; a sweep queues them again."""
         return sum(trial.state == TrialState.RUNNING and is_dead(trial.owner) for trial in self._trials.now())
 
+    def is_deserted(self) -> bool:
+        """Whether every process that ever ran a plan has ended; one on another machine counts as alive."""
+        return all(is_dead(trial.owner) for trial in self._trials.now() if trial.owner is not None)
+
     def progress(self, total: int, wanted: Container[str] | None = None) -> tuple[int, int]:
         """How many images all trials have seen, and how many the wanted trials have yet to see.
 

@@ -175,9 +175,14 @@ def _change(study: Study, recommendations: Sequence[Recommendation], ranked: Seq
         for one in recommendations
         if one.uniform and one.uniform.more
     ]
-    counts = study.counts()
-    if counts["waiting"]:
-        lines.append(f"{count(counts['waiting'], 'plan')} of this sweep are still waiting to be measured.")
+    # those of a process that was killed wait, too: a sweep queues them again
+    counts, stopped = study.counts(), study.stopped()
+    states = {"still waiting to be measured": counts["waiting"] + stopped, "being measured": counts["running"] - stopped}
+    lines += [
+        f"{count(number, 'plan')} of this sweep {'is' if number == 1 else 'are'} {state}."
+        for state, number in states.items()
+        if number
+    ]
     lines.append("Another model, task, method or set of widths: all figures hold for what was measured here.")
     return lines
 

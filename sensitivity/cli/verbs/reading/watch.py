@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import frontier_lines, points
 from sensitivity.cli.output.tables import print_frontier
+from sensitivity.spec.errors import shell_word
 
 if TYPE_CHECKING:
     from sensitivity.study.study import Study
 
 ABOUT = "show the state of a sweep in other processes until it is over; stopping this does not stop the sweep"
 EXAMPLE = "sensitivity watch runs/first"
+LOADING = 60.0  # seconds that plans may wait while no process is known: one that will run them may still be loading
 
 
 def arguments(p: argparse.ArgumentParser) -> None:
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         _follow(study, args.every)
     counts = _counts(study)
     if not args.json:
-        print(_words(counts))
+        print(_words(counts) + (f"; {_how_to_go_on(study)}" if _is_over(study, counts) else ""))
         if study.measured():
             print_frontier(study)
     return {"study": str(args.study), **counts, "frontier": points(study)}
@@ -63,11 +65,14 @@ def _follow(study: Study, every: int) -> None:
 def _looks(study: Study, every: int) -> Iterator[dict[str, int]]:
     """The counts, again and again while the sweep goes on.
 
-    It has ended where all that ran has lost its process. A single look may fall between two plans of another process.
+    It has ended where all that ran has lost its process. A single look may fall between two plans of another process;
+    and where plans wait, a process that is about to run them may be loading its model.
     """
-    last = None
+    last, since = None, time.monotonic()
     while (counts := _counts(study))["waiting"] or counts["running"] or counts["stopped"]:
-        if counts["stopped"] and not counts["running"] and counts == last:
+        if counts != last or not (counts["stopped"] or study.is_deserted()):
+            since = time.monotonic()
+        elif not counts["running"] and (counts["stopped"] or time.monotonic() - since > LOADING):
             return
         yield counts
         last = counts
@@ -82,5 +87,18 @@ def _counts(study: Study) -> dict[str, int]:
 
 def _words(counts: dict[str, int]) -> str:
     words = f"{counts['done']:,} plans done, {counts['running']:,} running, {counts['waiting']:,} waiting"
-    stopped = f", {counts['stopped']:,} stopped as their process ended: the same sweep again goes on with them"
-    return words + (stopped if counts["stopped"] else "")
+    return words + (f", {counts['stopped']:,} stopped as their process ended" if counts["stopped"] else "")
+
+
+def _is_over(study: Study, counts: dict[str, int]) -> bool:
+    """Whether plans are left, and no process is known to run them."""
+    return not counts["running"] and bool(counts["stopped"] or (counts["waiting"] and study.is_deserted()))
+
+
+def _how_to_go_on(study: Study) -> str:
+    """What to type where no process is known to run the plans that are left."""
+    model, out = shell_word(study.meta.get("model", "MODEL")), shell_word(study.path)
+    return (
+        f"no process is known to work on them: the same command as before, `sensitivity sweep {model} ... --out {out}`,"
+        " goes on"
+    )
