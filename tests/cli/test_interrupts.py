@@ -86,7 +86,8 @@ def test_an_export_that_is_stopped_early_leaves_nothing(tmp_path: Path, seconds:
     assert "Traceback" not in told
     assert "ignored" not in told
     if process.returncode:
-        assert process.returncode == 130
+        # Python may pass the signal on where it came in a piece of code that a library runs; shells show 130 for both
+        assert process.returncode in (130, -signal.SIGINT)
         assert told.splitlines()[-1] == "stopped"
         assert {path for path in tmp_path.rglob("*") if path.name != "exports"} == before
     else:

@@ -177,10 +177,10 @@ def _change(study: Study, recommendations: Sequence[Recommendation], ranked: Seq
     ]
     # those of a process that was killed wait, too: a sweep queues them again
     counts, stopped = study.counts(), study.stopped()
-    states = {"still waiting to be measured": counts["waiting"] + stopped, "being measured": counts["running"] - stopped}
+    waiting, running = counts["waiting"] + stopped, counts["running"] - stopped
     lines += [
         f"{count(number, 'plan')} of this sweep {'is' if number == 1 else 'are'} {state}."
-        for state, number in states.items()
+        for state, number in (("still waiting to be measured", waiting), ("being measured", running))
         if number
     ]
     lines.append("Another model, task, method or set of widths: all figures hold for what was measured here.")
