@@ -28,6 +28,7 @@ from sensitivity.analysis.reporting.failures_page import write
 from sensitivity.analysis.reporting.page import report
 from sensitivity.analysis.reporting.what_breaks import failing
 from sensitivity.cli.main import main
+from sensitivity.cli.output.tables import print_answer_counts
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.examples import questions
@@ -319,3 +320,22 @@ def test_the_verb(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["failures", str(study.path), "--plan", "zz"]) == 2
     assert "has no measured plan zz; `sensitivity table" in capsys.readouterr().err
     assert main(["failures", str(study.path)]) == 0  # without a recommendation, the low end of the frontier
+
+
+def test_a_plan_is_named_once_and_each_changed_answer_by_its_example_and_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    counted = [{"task": "vqa", "kind": kind, "n": 5, "score": 0.5, "empty": 0} for kind in ("", "color", "shape")]
+    print_answer_counts({"aaaa for 3 bpw": counted, "bbbb for 4 bpw": counted})
+    out = capsys.readouterr().out
+    assert (out.count("aaaa"), out.count("bbbb"), out.count("shape")) == (1, 1, 2)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    asked = task("vqa", n=20)
+    asked = replace(asked, examples=tuple(replace(one, image=tmp_path / "a.png") for one in asked.examples))
+    made = answered.study(tmp_path / "run", [asked], given, ["vqa"], n=20)
+    assert main(["failures", str(made.path), "--plan", TWO.key, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["examples"]
+    assert main(["failures", str(made.path), "--plan", TWO.key]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{one['example']}, a.png" in out for one in found)

@@ -52,6 +52,8 @@ def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object
     if widths is None:
         for row in cells:
             for i, (head, cell) in enumerate(zip(heads, row, strict=True)):
+                if not cell:  # such as the name of a plan that stands above
+                    continue
                 console.print(f"{'  ' if i else ''}{escape(head)}: {escape(cell)}", highlight=False)
         return
     grid = Table(*heads, box=None, pad_edge=False)
@@ -121,7 +123,8 @@ def _images(study: Study) -> str:
 
 def print_answer_counts(plans: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
     """Print what happened to the answers of some plans, for each task and kind of question."""
-    rows = [(plan, row) for plan, counts in plans.items() for row in counts]
+    # a plan is named in the first of its rows
+    rows = [("" if i else plan, row) for plan, counts in plans.items() for i, row in enumerate(counts)]
     known = [name for name in COUNT_HEADS if any(_number(row.get(name)) for _, row in rows)]
     if not known:
         return  # an imported table has no answers; a study of an earlier version did not count

@@ -12,7 +12,7 @@ from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
-    from sensitivity.analysis.failures.changes import GivenAnswer
+    from sensitivity.analysis.failures.changes import Change, GivenAnswer
     from sensitivity.analysis.failures.gallery import FailureGallery
     from sensitivity.spec.plan import Plan
     from sensitivity.study.study import Study
@@ -163,6 +163,7 @@ def _changes(failures: FailureGallery) -> None:
             "cost",
             "task",
             "kind",
+            "example",
             "question",
             "right",
             "full precision",
@@ -174,6 +175,7 @@ def _changes(failures: FailureGallery) -> None:
                 f"{one.cost:.3g}",
                 one.task,
                 one.kind,
+                _example(one),
                 _cell(one.question.prompt if one.question else "?"),
                 _cell(" | ".join(one.question.answers[:2]) if one.question else "?"),
                 _given(one.before),
@@ -183,6 +185,12 @@ def _changes(failures: FailureGallery) -> None:
             for one, why in ((card.change, why) for card, why in zip(failures.cards, mended, strict=True))
         ],
     )
+
+
+def _example(one: Change) -> str:
+    """The id of an example, and the names of its images where they are files."""
+    images = one.question.images if one.question else ()
+    return ", ".join([one.example, *(file.name for file in images if file is not None)])
 
 
 def _given(given: GivenAnswer) -> str:
