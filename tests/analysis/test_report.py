@@ -329,3 +329,11 @@ def test_a_report_that_was_cut_off_is_written_again(study: Study, tmp_path: Path
     with pytest.raises(UserError, match="it holds other things than an earlier report"):
         report(study, other, bootstraps=2)
     assert [file.name for file in other.iterdir()] == ["a-pair.png"]
+
+
+def test_figures_let_the_shadows_of_a_scroll_show_through(page: Path) -> None:
+    """Where a figure is wider than the window, a shadow at its edge says so; a ground of its own would hide it."""
+    figures = re.findall(r'<div class="scroll"[^>]*><svg.*?</svg>', page.read_text(), re.S)
+    assert figures
+    assert not any("fill: var(--paper)" in one or "fill: #fefefe" in one for one in figures)
+    assert "fill: #fefefe" in (page.parent / "vqa-pareto.svg").read_text()  # alone, it has a ground

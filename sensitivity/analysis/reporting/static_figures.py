@@ -36,6 +36,8 @@ class DrawnFigure:
     def inline(self, prefix: str) -> Markup:
         """The SVG for the page, with ids that are unique there, the page's colors, and a text alternative."""
         svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}-{self.name}-", self.svg)
+        # without a ground of its own, the shadows show through that say there is more to scroll to
+        svg = svg.replace(f"fill: {figures.PAPER}", "fill: none")
         for color, variable in ((figures.INK, "--ink"), (figures.FAINT, "--faint"), (figures.PAPER, "--paper")):
             svg = svg.replace(color, f"var({variable})")
         opening = Markup('<svg role="img" aria-label="{}"').format(self.alt)
