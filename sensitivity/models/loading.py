@@ -29,6 +29,7 @@ from sensitivity.models.original_llava import (
 )
 from sensitivity.models.outliers import NOTE, plant_outliers
 from sensitivity.models.processors import load_processor
+from sensitivity.models.quantized_before import quantized_before
 from sensitivity.models.tensor_check import check_none, check_tensors, first_names
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason, unknown
@@ -105,6 +106,8 @@ def load(
         plant_outliers(model)
         model = model.to(torch_dtype or torch.float16)
     model = model.eval().requires_grad_(False)
+    exported = quantized_before(folder)
+    note = NOTE if with_outliers else _note_on_dead_blocks(config)
     return VLM(
         name=name,
         model=model if config_only or torch_device is None else model.to(torch_device),
@@ -112,7 +115,8 @@ def load(
         family=with_geochat_label(raw, family_of(model)) if original else family_of(model),
         fingerprint=fingerprint(raw, files, NOTE if with_outliers else None),
         native_bits=common_width(files) or _config_bits(config),
-        note=NOTE if with_outliers else _note_on_dead_blocks(config),
+        note="; ".join(filter(None, [note, exported])) or None,
+        quantized_before=exported,
     )
 
 

@@ -31,6 +31,7 @@ class VLM:
     native_bits: int  # per weight, as stored in the checkpoint
     transformers: str = transformers.__version__  # the version that loaded it
     note: str | None = None  # what a reader of its scores must know
+    quantized_before: str | None = None  # a sentence, a part of `note`, if an export's weights were loaded
 
     @property
     def device(self) -> torch.device:

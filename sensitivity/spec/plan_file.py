@@ -14,6 +14,7 @@ from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import size
 
 VERSION = 1
+EXPORTED = "sensitivity.json"  # in the folder of an export: its plan, and which files were written
 
 
 def document(parts: ComponentMap, plan: Plan, facts: Mapping[str, object]) -> dict[str, object]:

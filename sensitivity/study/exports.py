@@ -11,9 +11,10 @@ from pathlib import Path
 from sensitivity.spec import schema
 from sensitivity.spec.errors import shell_word
 from sensitivity.spec.files import finite, write_atomically
+from sensitivity.spec.plan_file import EXPORTED
 from sensitivity.study.storage import paths
 
-MANIFEST = "sensitivity.json"  # in an export: which files were written
+MANIFEST = EXPORTED
 VERIFIED = "verified.json"  # in an export: the result of its verification
 NAME_LENGTH = 16  # hexadecimal digits of a note's name
 BENCH = "bench.json"  # in an export: its measured time and memory, and those of full precision

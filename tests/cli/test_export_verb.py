@@ -11,10 +11,15 @@ import numpy as np
 import planted
 import pytest
 
-from sensitivity.api.exporting import _note
+from sensitivity.api.exporting import _note, export
 from sensitivity.cli import main as cli
 from sensitivity.cli.output.sweep_summary import _budget
+from sensitivity.models.discovery import inspect
+from sensitivity.models.loading import load
+from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import Notice, UserError
+from sensitivity.spec.plan import Plan
+from sensitivity.study.study import Study
 from sensitivity.tasks.table import task
 
 
@@ -61,3 +66,22 @@ def test_a_study_that_cannot_be_written_does_not_undo_an_export(tmp_path: Path) 
     (tmp_path / "exports").write_text("a file where notes would be")
     with pytest.warns(Notice, match="out is whole, but .* does not list it"):
         _note(tmp_path, tmp_path / "out", {"format": "fake"})
+
+
+def test_weights_that_were_quantized_already_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = inspect("embedded:scenes-llava", by="part")
+    study = Study.create(tmp_path / "study", parts, ["vqa"], {"model": "embedded:scenes-llava"})
+    plan, native = (Plan.uniform(parts, one) for one in (scheme("rtn", 4), None))
+    for one, folder in ((plan, "fake"), (native, "whole")):
+        export(study, one, tmp_path / folder, "fake", note=False)
+    told = 'these weights were quantized already: all rtn:4 of embedded:scenes-llava; "full precision" here is that'
+    capsys.readouterr()
+    for folder, said in (("fake", True), ("whole", False)):
+        assert cli.main(["inspect", str(tmp_path / folder)]) == 0
+        assert (told in capsys.readouterr().out) == said
+        flags = ["--task", "vqa", "--n", "4", "--bits", "4", "--out", str(tmp_path / "new"), "--dry-run"]
+        for verb in (["sweep"], ["plan", "--bpw", "5"]):
+            assert cli.main([verb[0], str(tmp_path / folder), *verb[1:], *flags]) == 0
+            assert (f"note: {told}" in capsys.readouterr().err) == said
+    (tmp_path / "fake" / "sensitivity.json").write_text("{}")  # of another program
+    assert load(str(tmp_path / "fake"), config_only=True).quantized_before is None

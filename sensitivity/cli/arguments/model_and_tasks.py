@@ -31,6 +31,8 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
         if why:
             print(f"note: {why}", file=sys.stderr)
     vlm = without_weights(args.model) if args.dry_run else load(args.model, device=args.device, dtype=args.dtype)
+    if vlm.quantized_before:
+        print(f"note: {vlm.quantized_before}", file=sys.stderr)
     if args.runtime in CHECKS:  # raises an error before calibration
         CHECKS[args.runtime](vlm)
     parts = inspect(vlm, by=args.by, include=args.include)

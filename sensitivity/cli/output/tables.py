@@ -161,12 +161,14 @@ def _number(count: object) -> str:
 
 def print_forecast(predicted: Forecast) -> None:
     """Print the predicted cost of a sweep."""
+    from sensitivity.study.counting import count
+
     rate = f"{predicted.flops / 1e9:,.0f} GFLOP/s in products of this model's shapes"
-    count = f"{predicted.plans:,} plans, {predicted.examples:,} examples of {predicted.images:,} images"
+    of = f"{count(predicted.examples, 'example')} of {count(predicted.images, 'image')}"
     if predicted.measured:
         every = predicted.measured + predicted.plans
         print(f"{predicted.measured:,} of {every:,} plans are measured already; the forecast is of what is left")
-    print_table(f"{count}; {rate}", ("what", "how much", "of which"), predicted.rows())
+    print_table(f"{count(predicted.plans, 'plan')}, {of}; {rate}", ("what", "how much", "of which"), predicted.rows())
 
 
 def print_ranking(ranked: Ranking) -> None:
