@@ -10,7 +10,7 @@ from typing import NotRequired, TypedDict
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, QSVD, Plan, Scheme, scheme_of
-from sensitivity.spec.stored_bits import FILES, GGUF_MATRICES, OVERHEAD, SHARED, latent_rank
+from sensitivity.spec.stored_bits import FILES, GGUF_MATRICES, GGUF_UNREAD, OVERHEAD, SHARED, latent_rank
 
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
@@ -122,7 +122,12 @@ def kept_bits(parts: ComponentMap, format: str | None = None) -> int:
 
 
 def _kept_width(parts: ComponentMap, kept: Kept, format: str | None) -> int:
-    """Bits of one element of a kept weight: 32 for norms and biases in GGUF, since llama.cpp reads them in float32."""
+    """Bits of one element of a kept weight.
+
+    In GGUF 32 for norms and biases, since llama.cpp reads them in float32, and none for what it leaves out.
+    """
+    if format == "gguf" and GGUF_UNREAD.match(kept.name):
+        return 0
     return 32 if format == "gguf" and kept.reason not in GGUF_MATRICES else parts.native_bits
 
 

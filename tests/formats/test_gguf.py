@@ -41,6 +41,7 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.headers import header_bytes
+from sensitivity.spec.sizes import size
 from sensitivity.spec.stored_bits import FILES, gguf_type
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.images import open_image
@@ -173,8 +174,22 @@ def test_every_weight_is_read_back_as_it_is_measured(name: str, saved: Callable[
     assert not found
     assert facts["written"]["bytes"] == facts["predicted_size"]["bytes"]
     assert facts["written"]["headers"] <= header_bytes(parts, "gguf")
+    rows = re.findall(r"\| ([\d,]+) \| ([\d,]+) \|$", (tmp_path / "gguf" / "README.md").read_text(), re.M)
+    for column in zip(*rows, strict=True):  # of what each component is predicted to weigh, and weighs
+        assert sum(int(cell.replace(",", "")) for cell in column) == facts["written"]["bytes"]
     files = [tmp_path / "gguf" / file for file in exporter.FILES.values()]
     assert sum(f.stat().st_size for f in files) == facts["written"]["bytes"] + facts["written"]["headers"]
+
+
+def test_what_is_left_out_is_not_predicted_before_an_export_either(tmp_path: Path) -> None:
+    """LLaVA never reads the norm behind its tower."""
+    parts = inspect("embedded:scenes-llava", by="part")
+    plan = Plan.uniform(parts, rtn(4, 32))
+    study = Study.create(tmp_path / "study", parts, ["vqa"], {"model": "embedded:scenes-llava"})
+    exporting.export(study, plan, tmp_path / "gguf", "gguf", note=False)
+    facts = json.loads((tmp_path / "gguf" / "sensitivity.json").read_text())
+    assert "post_layernorm" in (tmp_path / "gguf" / "README.md").read_text()
+    assert size(parts, plan, "gguf").bytes == facts["predicted_size"]["bytes"] == facts["written"]["bytes"]
 
 
 def test_a_tensor_that_was_swapped_is_told(saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sensitivity.formats.writing.job import Job, Written, predicted_size
 from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.sizes import component_bits, kept_bits, size
+from sensitivity.spec.sizes import bits_of, component_bits, kept_bits, size
 from sensitivity.study.exports import path_gain_sentences
 from sensitivity.study.sharing.markdown import escaped, yaml_text
 
@@ -42,18 +42,7 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     yield from (f"# {model}, {escaped(job.plan.describe())}", "")
     yield f"{model} under a mixed-precision plan, exported as `{format}` by sensitivity."
     yield from ("", "## Plan", "")
-    yield "| component | method | bits | group | grid | weights | predicted bytes | written bytes |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for component in job.parts.components:
-        scheme = job.plan[component.name]
-        predicted = component_bits(job.parts, component.name, scheme, job.stored_as(format)) // 8
-        stored = f"{written.bytes[component.name]:,}" if written.bytes else "–"
-        yield f"| {escaped(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
-    kept = sum(k.numel for k in job.parts.kept)
-    stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
-    predicted = kept_bits(job.parts, job.stored_as(format)) // 8
-    sizes = f"{kept:,} | {predicted:,} | {stored}"
-    yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
+    yield from _table(job, written, format)
     yield from ("", "## Size", "", *_size(job, written, format), "", "## Scores", "")
     yield from _scores(facts)
     if measured := list(_measured(job.plan, facts)):
@@ -77,6 +66,25 @@ def _lines(job: Job, written: Written, format: str, facts: TrialFacts) -> Iterat
     else:
         yield f"{escaped(license)}, as the base model; any license files of the base model lie beside this card."
     yield ""
+
+
+def _table(job: Job, written: Written, format: str) -> Iterator[str]:
+    """The plan as a table, with the bytes of each component as predicted, without what is left out, and as written."""
+    yield "| component | method | bits | group | grid | weights | predicted bytes | written bytes |"
+    yield "|---|---|---|---|---|---|---|---|"
+    stored_as, unread = job.stored_as(format), set(written.unread)
+    for component in job.parts.components:
+        scheme = job.plan[component.name]
+        left_out = bits_of(job.parts, job.plan, unread & {weight.name for weight in component.weights}, stored_as)
+        predicted = (component_bits(job.parts, component.name, scheme, stored_as) - left_out) // 8
+        stored = f"{written.bytes[component.name]:,}" if written.bytes else "–"
+        yield f"| {escaped(component.name)} | {_scheme(scheme)} | {component.numel:,} | {predicted:,} | {stored} |"
+    kept = sum(k.numel for k in job.parts.kept)
+    stored = f"{written.bytes['kept']:,}" if written.bytes else "–"
+    left_out = bits_of(job.parts, job.plan, unread & {k.name for k in job.parts.kept}, stored_as)
+    predicted = (kept_bits(job.parts, stored_as) - left_out) // 8
+    sizes = f"{kept:,} | {predicted:,} | {stored}"
+    yield f"| kept ({_reasons(job.parts)}) | native | | | | {sizes} |"
 
 
 def why_foreign_card(file: Path) -> str:
