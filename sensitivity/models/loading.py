@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.import_utils import is_accelerate_available
 
 from sensitivity.models.adapters import WEIGHTS, Adapter, merge_adapter, resolve
+from sensitivity.models.already_quantized import quantized_before
 from sensitivity.models.checkpoint import common_width, fingerprint, header, read_config, weight_files
 from sensitivity.models.families import FAMILIES, family_of
 from sensitivity.models.original_llava import (
@@ -29,7 +30,6 @@ from sensitivity.models.original_llava import (
 )
 from sensitivity.models.outliers import NOTE, plant_outliers
 from sensitivity.models.processors import load_processor
-from sensitivity.models.quantized_before import quantized_before
 from sensitivity.models.tensor_check import check_none, check_tensors, first_names
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason, unknown

@@ -22,6 +22,7 @@ from sensitivity.spec.sizes import Size, bits_in_bytes, budget_bits, bytes_in_wo
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
+NO_PLAN = "no measured plan"  # the subject of a sentence on a budget that no plan fits
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def infeasible(
     floors: Mapping[str, float],
     allowed: Allowed | None,
     tied: Sequence[Sequence[str]],
-    subject: str = "no measured plan",
+    subject: str = NO_PLAN,
 ) -> UserError:
     """The error for constraints that no plan meets, which says what size or floor can be reached."""
     numel = knapsack.parts.numel

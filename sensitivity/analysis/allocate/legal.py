@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
+from sensitivity.analysis.allocate.budget import NO_PLAN, Candidate, mean_share, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.observations import check_task
 from sensitivity.analysis.search.plan_lists import Plans, plans
@@ -114,7 +114,10 @@ def candidates(
         except UserError as error:
             failure = failure or error
     if not solved:
-        raise UserError(f"no measured plan that {runtime} can load fits {bpw:.2f} bpw: {failure}") from failure
+        words = str(failure)
+        if words.startswith(NO_PLAN):
+            raise UserError(f"{NO_PLAN} that {runtime} can load{words.removeprefix(NO_PLAN)}") from failure
+        raise UserError(f"of the plans that {runtime} can load: {words}") from failure
     return sorted(solved, key=lambda candidate: -mean_share(candidate.predicted, weights))[:top]
 
 

@@ -181,7 +181,7 @@ RUNTIMES: dict[str, Runtime] = {
     ),
     # mlx.core.quantize: affine, groups of 32, 64 or 128
     "mlx": Runtime(
-        "mlx-lm and mlx-vlm",
+        "MLX (mlx-lm, mlx-vlm)",
         asymmetric=(2, 3, 4, 5, 6, 8),
         groups=(32, 64, 128),
         methods=("rtn", "clip", "gptq"),
