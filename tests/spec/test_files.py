@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from sensitivity.analysis.reporting.figure_files import LIST
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.unfinished import remove_unfinished, staging_folder
 from sensitivity.measure.calibrate.cache import Cache
@@ -428,6 +429,37 @@ def test_a_report_replaces_no_file_of_other_origin(
     assert cli.main(["report", str(path)]) == 2
     assert "report is not replaced: it holds other things than an earlier report" in capsys.readouterr().err
     assert seen_bytes(path / "report") == {name: b"dear diary"}
+
+
+def test_a_report_replaces_the_figures_of_an_earlier_one_and_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sensitivity.cli import main as cli
+
+    path = planted.study(tmp_path / "study", {"vqa": planted.product}, levels=(4, 16)).path
+    page, figure = path / "report", path / "report" / "vqa-pareto.csv"
+    for _ in range(2):
+        assert cli.main(["report", str(path)]) == 0
+    ours = seen_bytes(page)
+    (page / "notes.txt").write_text("beside it")
+    assert cli.main(["report", str(path)]) == 0
+    figure.write_text("dear diary")
+    before = seen_bytes(page)
+    assert cli.main(["report", str(path)]) == 2
+    said = f"{figure} is not replaced: it is not as an earlier report wrote it; move it away, or choose another --out"
+    assert said in capsys.readouterr().err
+    assert seen_bytes(page) == before
+    # one of a figure that the earlier report did not have
+    listing = json.loads(LIST.search(ours["index.html"])[1])  # type: ignore[index]
+    assert set(listing) == {*ours} - {"index.html"}
+    listing.pop(figure.name)
+    shorter = b"<!-- files: " + json.dumps(listing).encode() + b" -->"
+    (page / "index.html").write_bytes(LIST.sub(lambda _: shorter, ours["index.html"]))
+    assert cli.main(["report", str(path)]) == 2
+    assert figure.read_text() == "dear diary"
+    figure.unlink()
+    assert cli.main(["report", str(path)]) == 0
+    assert set(seen_bytes(page)) == {*ours, "notes.txt"}
 
 
 def test_a_study_keeps_files_with_the_names_of_its_own(tmp_path: Path) -> None:

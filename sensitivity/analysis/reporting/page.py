@@ -22,6 +22,7 @@ from sensitivity.analysis.importance.types import TITLES, Ranking
 from sensitivity.analysis.observations import Observations, observations_of
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.environment import GENERATOR, rendered
+from sensitivity.analysis.reporting.figure_files import FigureFiles
 from sensitivity.analysis.reporting.frontier_table import FrontierRow, largest_on_frontier
 from sensitivity.analysis.reporting.interactive import pareto
 from sensitivity.analysis.reporting.static_figures import DrawnFigure, figures_of_task
@@ -31,12 +32,8 @@ from sensitivity.spec.components import LABELS, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import (
     check_may_write,
-    csv_bytes,
     is_unfinished,
-    mark_finished,
-    mark_unfinished,
     slug,
-    write_atomically,
 )
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits
@@ -69,13 +66,12 @@ def report(
     table = study.table()
     if not len(table):
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
-    out.mkdir(parents=True, exist_ok=True)
-    if not any(out.iterdir()):
-        mark_unfinished(out)
+    files = FigureFiles(out)
+    files.check()
     recommendations = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
     grown = kept_recommendation.what_changed_since(study, recommendations)
     galleries, no_gallery = failing(study, recommendations)
-    tasks = [_task_page(study, table, task, recommendations, rankings or {}, bootstraps, out) for task in study.tasks]
+    tasks = [_task_page(study, table, task, recommendations, rankings or {}, bootstraps, files) for task in study.tasks]
     page = rendered(
         "report.html",
         model=study.parts.model,
@@ -98,19 +94,16 @@ def report(
         labels=LABELS,
         estimators=list(ESTIMATORS),
         titles=TITLES,
-        time_and_memory=_time_and_memory(study, table, recommendations, out),
+        time_and_memory=_time_and_memory(study, table, recommendations, files),
         provenance=json.dumps(study.meta, indent=1, default=str),
     )
-    target = out / "index.html"
-    write_atomically(target, page)
-    mark_finished(out)
-    return target
+    return files.write(page)
 
 
 def _time_and_memory(
-    study: Study, table: pd.DataFrame, chosen: Sequence[Recommendation], out: Path
+    study: Study, table: pd.DataFrame, chosen: Sequence[Recommendation], files: FigureFiles
 ) -> TimeAndMemory | None:
-    """What plans take in a runtime, if plans were chosen by its times; also writes its figures as files."""
+    """What plans take in a runtime, if plans were chosen by its times; also adds its figures to the files."""
     times = layer_times.read(study.path)
     if times is None:
         return None
@@ -118,15 +111,8 @@ def _time_and_memory(
     keys = [one.plan.key for one in chosen]
     found = time_and_memory_section(study.parts, times, table, measured, study.tasks[0], keys)
     for picture in found.pictures if found else ():
-        _write_picture(picture, out / picture.name)
+        files.add(picture.name, picture)
     return found
-
-
-def _write_picture(picture: DrawnFigure, stem: Path) -> None:
-    """Write a figure as PNG, SVG and CSV."""
-    write_atomically(stem.with_suffix(".png"), picture.png)
-    write_atomically(stem.with_suffix(".svg"), picture.svg.encode())
-    write_atomically(stem.with_suffix(".csv"), csv_bytes(picture.rows))
 
 
 def _why_foreign(out: Path) -> str:
@@ -178,9 +164,9 @@ def _task_page(
     recommendations: Sequence[Recommendation],
     rankings: Mapping[str, Ranking],
     bootstraps: int,
-    out: Path,
+    files: FigureFiles,
 ) -> TaskPage:
-    """One task's rankings, figures and budgets; also writes the task's figures as files."""
+    """One task's rankings, figures and budgets; also adds the task's figures to the files."""
     page = TaskPage(task, slug(task))
     observations: Observations | None = None
     try:
@@ -198,7 +184,7 @@ def _task_page(
     full = float(native[task].mean()) if len(native) else None
     drawn = figures_of_task(rows, observations, page.ranking, full, [one.plan.key for one in recommendations])
     for picture in drawn:
-        _write_picture(picture, out / f"{page.slug}-{picture.name}")
+        files.add(f"{page.slug}-{picture.name}", picture)
     # sizes in the figure are counted as those of the study, so that a recommended plan compares with all others
     page.pareto = pareto(rows, task, full, [replace(one, size=study.size(one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
