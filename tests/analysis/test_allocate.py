@@ -512,3 +512,23 @@ def test_a_budget_is_remembered_as_it_was_asked_for(two_tasks: Study) -> None:
     asked = 5.20001
     assert (asked * two_tasks.parts.numel) % 1 > 0.01
     assert {one.budget for one in solve(two_tasks, bpw=asked)} == {asked}
+
+
+def test_examples_that_a_task_does_not_have_are_not_asked_for(two_tasks: Study) -> None:
+    """Where the examples of the verification had a part in the choice, the task has less than twice as many."""
+    best, *_ = solve(two_tasks, bpw=5, top=1)
+    rival = best_uniform(Knapsack.of(two_tasks, ["vqa"]), 5, {"vqa": 1.0})
+    assert rival is not None
+    frames = {
+        best.plan.key: frame(0.62, n=100, noise=0.3, seed=1),
+        rival.plan.key: frame(0.6, n=100, noise=0.3, seed=2),
+    }
+    found = judge(two_tasks, [best], rival, frames).uniform
+    assert found is not None
+    assert found.more is not None
+    assert found.more >= 100
+    assert found.words.endswith(" more examples would decide.")
+    found = judge(two_tasks, [best], rival, frames, fresh=False).uniform
+    assert found is not None
+    assert found.more is None
+    assert found.words.endswith(" more examples would decide, and are not there.")

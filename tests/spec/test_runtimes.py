@@ -69,7 +69,7 @@ def test_every_runtime_takes_full_precision() -> None:
         ("modelopt", rtn(8), None),
         ("llama.cpp", rtn(3), "columns in multiples of 256 at 3 bits"),
         ("llama.cpp", rtn(4), None),
-        ("mlx", rtn(4), "loads no symmetric codes; use --no-symmetric"),
+        ("mlx", rtn(4), "MLX (mlx-lm, mlx-vlm) loads no symmetric codes; use --no-symmetric"),
         ("mlx", rtn(4, 64, False), None),
         ("fake", rtn(1, "tensor", False, "uniform"), None),
         ("plan", replace(rtn(3), activations=4, cache=2), None),

@@ -71,17 +71,24 @@ class Comparison:
 
 
 def compare_with_plan(
-    mine: pd.DataFrame, theirs: pd.DataFrame, other: Plan, name: str, tries: int = 1, score: Score | None = None
+    mine: pd.DataFrame,
+    theirs: pd.DataFrame,
+    other: Plan,
+    name: str,
+    tries: int = 1,
+    score: Score | None = None,
+    fresh: bool = True,
 ) -> Comparison:
     """Compare our scores of shared examples with another plan's.
 
-    tries: how many plans ours was chosen from. score: theirs, by default the mean of their examples.
+    tries: how many plans ours was chosen from. score: theirs, by default the mean of their examples. fresh: these
+    examples had no part in the choice; where they had, the task has less than twice as many.
     """
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):
         raise UserError(f"{other.describe()} was measured on other examples: nothing can be compared")
     difference = paired_difference(both["score"], both["score_other"], both["cluster"], tries)
-    verdict, more, words = _verdict(difference, name, tries)
+    verdict, more, words = _verdict(difference, name, tries, math.inf if fresh else both["example"].nunique())
     score = score or summarize(theirs["score"], theirs["cluster"])
     return Comparison(other, score, difference, verdict, more, words)
 
@@ -104,8 +111,8 @@ def floor_in_words(task: str, share: float, kept: Score, full: float) -> str:
     return f" The floor of {share:.4g} on {task} {how}: {interval}, {count(kept.n, 'paired example')}."
 
 
-def _verdict(difference: Score, name: str, tries: int) -> tuple[str, int | None, str]:
-    """The verdict, the number of examples that would decide a tie, and a sentence."""
+def _verdict(difference: Score, name: str, tries: int, unseen: float) -> tuple[str, int | None, str]:
+    """The verdict, the number of examples that would decide a tie, and a sentence; fewer than `unseen` remain."""
     gap, low, high, pairs = difference.mean, difference.low, difference.high, count(difference.n, "paired example")
     if difference.clusters < LEAST_CLUSTERS:
         images = count(difference.clusters, "image")
@@ -121,6 +128,12 @@ def _verdict(difference: Score, name: str, tries: int) -> tuple[str, int | None,
     more = more_examples(difference)
     if more is None:
         return "tied", None, f"Tied with {name}: {interval}; no practical number of examples would decide."
+    if more >= unseen:
+        return (
+            "tied",
+            None,
+            f"Tied with {name}: {interval}; about {more:,} more examples would decide, and are not there.",
+        )
     return "tied", more, f"Tied with {name}: {interval}; about {more:,} more examples would decide."
 
 

@@ -64,9 +64,10 @@ def judge(
     missed = {key: sum(one[task].mean < share for task, share in floors.items()) for key, one in kept.items()}
     best = min(zip(run, believed(run), strict=True), key=lambda one: (missed[one[0].plan.key], -one[1]))[0]
     # `len(run)` corrects each interval for having picked the best of that many
-    best, against_rival, words = _against_rival(best, rival, rows, scores, missed, len(run), believed)
+    best, against_rival, words = _against_rival(best, rival, rows, scores, missed, len(run), believed, fresh)
+    mine, runner_up = rows[best.plan.key], "the runner-up"
     others = tuple(
-        compare_with_plan(rows[best.plan.key], rows[c.plan.key], c.plan, "the runner-up", len(run), scores[c.plan.key])
+        compare_with_plan(mine, rows[c.plan.key], c.plan, runner_up, len(run), scores[c.plan.key], fresh)
         for c in run
         if c.plan.key != best.plan.key
     )
@@ -118,6 +119,7 @@ def _against_rival(
     missed: Mapping[str, int],
     tries: int,
     believed: Callable[[Sequence[Candidate]], list[float]],
+    fresh: bool,
 ) -> tuple[Candidate, Comparison | None, str]:
     """The plan to recommend, its comparison with the rival, and the verdict in words, if there is one.
 
@@ -126,7 +128,7 @@ def _against_rival(
     if rival is None or rival.plan.key not in rows or rival.plan.key == best.plan.key:
         return best, None, ""
     mine, theirs = rows[best.plan.key], rows[rival.plan.key]
-    found = compare_with_plan(mine, theirs, rival.plan, "the best uniform plan", tries, scores[rival.plan.key])
+    found = compare_with_plan(mine, theirs, rival.plan, "the best uniform plan", tries, scores[rival.plan.key], fresh)
     keeps = missed[rival.plan.key] <= missed[best.plan.key]
     if found.verdict == "worse":
         if keeps:
