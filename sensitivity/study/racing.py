@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers
-from sensitivity.study.scores import se_of_residuals
+from sensitivity.study.scores import ROUNDING, half_width_of_constant, se_of_residuals
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
@@ -80,9 +80,17 @@ def uncertainty(study: Study) -> float:
     for task in study.tasks:
         for trial in frontier_trials(trials, task):
             if trial is not native:
-                _, se, clusters = _compared(_seen(study, trial, task), _seen(study, native, task))
-                widest = max(widest, se * float(stdtrit(max(1, clusters - 1), 0.975)))
+                widest = max(widest, _half_width(_seen(study, trial, task), _seen(study, native, task)))
     return widest
+
+
+def _half_width(first: Seen, second: Seen) -> float:
+    """Half the 95 % interval of the difference of two trials, as wide for one that is constant as in a table."""
+    _, se, clusters = _compared(first, second)
+    if clusters > 1 and se < ROUNDING:
+        sums = _sums(first)
+        return half_width_of_constant((sums["sum"] / sums["count"]).to_numpy(), clusters)
+    return se * float(stdtrit(max(1, clusters - 1), 0.975))
 
 
 def _beats(difference: Difference, level: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Required, TypedDict
 
 import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-12  # differences that are closer than this are the same
 LEAST_CLUSTERS = 6  # for a verdict: if all of fewer differ the same way, a sign test still shows nothing at 95 %
 
 
@@ -102,8 +103,8 @@ def se_of_residuals(residuals: np.ndarray, n: float) -> float:
 
     The usual sandwich estimator, with the small-sample factor G / (G - 1) for G clusters.
     """
-    count = len(residuals)
-    return math.sqrt(count / (count - 1) * float(np.sum(residuals**2))) / n if count > 1 else math.inf
+    clusters = len(residuals)
+    return math.sqrt(clusters / (clusters - 1) * float(np.sum(residuals**2))) / n if clusters > 1 else math.inf
 
 
 def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
@@ -112,31 +113,37 @@ def summarize(values: ArrayLike, clusters: ArrayLike) -> Score:
     if not len(x):
         raise ValueError("a score needs at least one example")
     mean = float(x.mean())
-    se, count = clustered_se(x, group)
+    se, images = clustered_se(x, group)
     if _is_share(x):
-        low, high = _wilson(mean, se, len(x), count)
+        low, high = _wilson(mean, se, len(x), images)
     else:
-        low, high = _student(mean, se, count)
-    return Score(mean, se, len(x), count, low, high)
+        low, high = _student(mean, se, images)
+    return Score(mean, se, len(x), images, low, high)
 
 
-def paired_difference(values: ArrayLike, base: ArrayLike, clusters: ArrayLike, tries: int = 1) -> Score:
+def paired_difference(
+    values: ArrayLike, base: ArrayLike, clusters: ArrayLike, tries: int = 1, *, itself: bool = False
+) -> Score:
     """The mean difference to a baseline on the same examples, with an interval by Student's t.
 
     It ends where a difference must: scores from 0 to 1 differ by at most 1.
     tries: how many comparisons are made at once; each gets its part of the probability of an error (Bonferroni).
+    itself: both are the same answers of the same plan, which does not differ from itself on any example.
     """
     x, y = np.asarray(values, dtype=float), np.asarray(base, dtype=float)
     difference = x - y
     mean = float(difference.mean())
-    se, count = clustered_se(difference, np.asarray(clusters))
-    if count > 1 and not difference.any():
-        low, high = _none_differs(x, count, tries)
+    se, images = clustered_se(difference, np.asarray(clusters))
+    if itself:
+        low = high = mean
+    elif images > 1 and np.ptp(difference) < ROUNDING:
+        half = half_width_of_constant(x, images, tries)
+        low, high = mean - half, mean + half
     else:
-        low, high = _student(mean, se, count, tries)
+        low, high = _student(mean, se, images, tries)
     if _is_share(x) and _is_share(y):
         low, high = max(low, -1.0), min(high, 1.0)
-    return Score(mean, se, len(difference), count, low, high)
+    return Score(mean, se, len(difference), images, low, high)
 
 
 def independent_difference(a: Score, b: Score) -> Score:
@@ -165,8 +172,7 @@ def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str
     both = mine[base.notna()]
     if not len(both):
         return None
-    found = paired_difference(both["score"], base[base.notna()], both["cluster"])
-    return replace(found, low=0.0, high=0.0) if ours is theirs else found  # a plan does not differ from itself
+    return paired_difference(both["score"], base[base.notna()], both["cluster"], itself=ours is theirs)
 
 
 def _is_share(scores: np.ndarray) -> bool:
@@ -185,15 +191,14 @@ def _student(mean: float, se: float, clusters: int, tries: int = 1) -> tuple[flo
     return mean - half, mean + half
 
 
-def _none_differs(scores: np.ndarray, clusters: int, tries: int) -> tuple[float, float]:
-    """The interval of a paired difference where no example differs, so that its standard error says nothing.
+def half_width_of_constant(scores: np.ndarray, clusters: int, tries: int = 1) -> float:
+    """Half the interval of a paired difference that is the same for all examples, mostly 0: its error says nothing.
 
-    Wilson's limit for 0 of so many clusters (as for a score of 0) says in how large a share of them one could differ,
-    either way. Those that do would differ by no more than the range of the scores.
+    Wilson's limit for 0 of so many clusters (as for a score of 0) says in how large a share of them the difference
+    could be another, either way. There it would be another by no more than the range of the scores.
     """
     z = float(ndtri(_quantile(tries)))
-    half = z**2 / (clusters + z**2) * float(np.ptp(np.append(scores, [0.0, 1.0])))
-    return -half, half
+    return z**2 / (clusters + z**2) * float(np.ptp(np.append(scores, [0.0, 1.0])))
 
 
 def _wilson(mean: float, se: float, n: int, clusters: int) -> tuple[float, float]:

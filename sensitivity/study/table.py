@@ -26,9 +26,10 @@ def row(
     number, key, plan (in words), uniform, native, complete (whether it has seen all examples); bits of each component;
     COMPONENT.activations and COMPONENT.cache where they are rounded; bytes, bpw, bpw_codes, cache_bits, and the format
     in whose files they are counted, if not as plans count them; seconds; for each task T: T, T.se, T.low, T.high, T.n,
-    T.nll; the paired difference to full precision as T.delta, T.delta.se, T.delta.low, T.delta.high; counts of answers
-    as T.to_wrong, T.to_right, T.empty, T.cut, T.malformed (see AnswerCounts); further metrics by name, such as
-    T.BLEU-4; not_finite: how many examples scored 0 because their logits were NaN.
+    T.n_images (by which T.se is clustered), T.nll; the paired difference to full precision as T.delta, T.delta.se,
+    T.delta.low, T.delta.high; counts of answers as T.to_wrong, T.to_right, T.empty, T.cut, T.malformed (see
+    AnswerCounts); further metrics by name, such as T.BLEU-4; not_finite: how many examples scored 0 because their
+    logits were NaN.
     """
     columns: dict[str, object] = {
         "number": trial.number,
@@ -49,6 +50,7 @@ def row(
             continue
         columns |= {task: score["mean"], f"{task}.nll": score.get("nll")}
         columns |= {f"{task}.{name}": score.get(name) for name in ("se", "low", "high", "n")}
+        columns |= {f"{task}.n_images": score.get("clusters")}
         columns |= {f"{task}.{name}": value for name, value in trial.metrics.get(task, {}).items()}
         if delta := difference(trial.plan, task, score.get("n")):
             columns |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}

@@ -413,7 +413,7 @@ def test_few_images_are_too_few_for_a_verdict(two_tasks: Study, tmp_path: Path) 
         assert found.words == f"Too few images to compare with the best uniform plan: {1 - right:+.3f}, {told}."
     frames = {candidates[0].plan.key: frame(1.0, n=6), rival.plan.key: frame(0.0, n=6)}
     found = judge(two_tasks, candidates, rival, frames)
-    assert found.words == "Clearly better than the best uniform plan: +1.000 [+1.000, +1.000], 6 paired examples."
+    assert found.words == "Clearly better than the best uniform plan: +1.000 [+0.610, +1.000], 6 paired examples."
 
 
 def test_a_uniform_plan_that_is_chosen_is_compared_with_the_runner_up(two_tasks: Study) -> None:

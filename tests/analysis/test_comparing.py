@@ -121,6 +121,8 @@ def test_the_page_of_two_plans_shows_gains_as_well_as_losses(tmp_path: Path) -> 
     before, after = made.examples(TWO), made.examples(FOUR)
     assert before is not None
     assert after is not None
+    directions = out.read_text(encoding="utf-8").split("Score of B <select")[1].split("</select>")[0]
+    assert directions.count("<option>") == 2  # lower and higher
     costs = [one.cost for one in changed_answers(after, before, {}, both_ways=True)]
     assert costs == [1, -1, 1, *[-1] * 37]
     assert "40 answers changed, those whose scores differ most first, losses and gains in turn" in out.read_text()
@@ -182,6 +184,7 @@ def test_two_plans_of_one_study(pair: tuple[Study, Study], tmp_path: Path, capsy
     assert "200/200/200" in printed
     assert "<th>n of A/B/both</th>" in (written := out.read_text(encoding="utf-8"))
     assert "<td>200/200/200</td>" in written
+    assert "Score of B <select" not in written  # all are lower
     with browser() as window:
         window.open(out)
         cards = window.run("return document.querySelectorAll('.change').length")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
+import answered
 import numpy as np
 import pytest
 
+from sensitivity.study.racing import uncertainty
 from sensitivity.study.scores import clustered_se, independent_difference, paired_difference, summarize
+from sensitivity.tasks.table import task
 
 
 def test_without_clusters_the_error_is_the_textbook_one() -> None:
@@ -92,6 +96,29 @@ def test_no_difference_in_a_few_examples_is_not_without_error() -> None:
     assert paired_difference(scores, scores, clusters, tries=3).high > found.high
     assert paired_difference(10 * scores, 10 * scores, clusters).high == pytest.approx(10 * found.high)
     assert paired_difference(10 * scores, 10 * scores, np.zeros(100)).high == math.inf
+
+
+def test_the_same_difference_in_a_few_examples_is_not_without_error() -> None:
+    found = paired_difference(np.full(30, 0.7), np.full(30, 0.5), np.arange(30))
+    none = paired_difference(np.full(30, 0.7), np.full(30, 0.7), np.arange(30))
+    assert found.low == pytest.approx(0.2 + none.low)
+    assert found.high == pytest.approx(0.2 + none.high)
+    all_lost = paired_difference(np.zeros(30), np.ones(30), np.arange(30))
+    assert (all_lost.low, all_lost.high) == (-1, pytest.approx(-1 + none.high))
+
+
+def test_equal_answers_on_a_few_images_are_not_known_for_certain(tmp_path: Path) -> None:
+    """A sweep that ends once errors are small goes on until this one is, too."""
+    study = answered.study(tmp_path, [task("vqa", n=60)], lambda plan, example: example.answers[0], n=60)
+    row = study.table().set_index("key").loc[answered.FOUR.key]
+    assert row["vqa.delta"] == row["vqa.delta.se"] == 0
+    assert uncertainty(study) == pytest.approx(row["vqa.delta.high"])
+    assert uncertainty(study) > 0.05
+
+
+def test_a_plan_does_not_differ_from_itself() -> None:
+    found = paired_difference([1.0, 0.0], [1.0, 0.0], ["a", "b"], itself=True)
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
 
 
 def test_a_difference_of_scores_from_0_to_1_is_at_most_1() -> None:

@@ -42,7 +42,7 @@ def test_one_row_per_plan_and_task_says_what_the_studys_table_says(study: Study,
         mine, name = wide.loc[row["key"]], row["task"]
         assert row["score"] == mine[name]
         assert Plan.from_json(json.loads(row["scheme"])).key == row["key"]
-        for column in ("se", "low", "high", "n", "nll", "empty"):
+        for column in ("se", "low", "high", "n", "n_images", "nll", "empty"):
             assert row[column] == mine[f"{name}.{column}"]
         assert row["bits.vision"] == mine["vision"]
         if row["key"] != NATIVE.key:

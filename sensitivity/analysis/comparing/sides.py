@@ -136,8 +136,8 @@ class Pairing:
         self.same_study = a.path.resolve() == b.path.resolve()
         self._asked: tuple[Questions, Questions] | None = None
 
-    def paired(self, a: pd.DataFrame, b: pd.DataFrame, task: str) -> Paired:
-        """Both sides' scores on a task, and their difference."""
+    def paired(self, a: pd.DataFrame, b: pd.DataFrame, task: str, *, itself: bool = False) -> Paired:
+        """Both sides' scores on a task, and their difference; `itself`: both are the same answers of one plan."""
         ours, theirs = a[a["task"] == task], b[b["task"] == task]
         both = ours.merge(theirs, on="example", suffixes=("_a", ""))
         both = both[[self.is_same(task, str(name)) for name in both["example"]]] if not self.same_study else both
@@ -145,7 +145,7 @@ class Pairing:
         if not len(both):
             return Paired(task, *means, independent_difference(*means), None, 0, 0)
         on_shared = summarize(both["score_a"], both["cluster"]), summarize(both["score"], both["cluster"])
-        difference = paired_difference(both["score"], both["score_a"], both["cluster"])
+        difference = paired_difference(both["score"], both["score_a"], both["cluster"], itself=itself)
         worse, better = (both["score"] < both["score_a"]).sum(), (both["score"] > both["score_a"]).sum()
         return Paired(task, *means, difference, on_shared, int(worse), int(better))
 

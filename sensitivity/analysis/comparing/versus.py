@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from sensitivity.analysis.comparing.sides import Paired, Pairing, Side
 from sensitivity.spec.errors import UserError
@@ -191,10 +191,8 @@ def _row(pairing: Pairing, task: str, what: str, a: Plan, b: Plan) -> Iterator[R
     ours, theirs = pairing.a.examples(a), pairing.b.examples(b)
     if ours is not None and theirs is not None:
         sizes = (_bpw(pairing.a, a), _bpw(pairing.b, b))
-        paired = pairing.paired(ours, theirs, task)
-        if pairing.same_study and a.key == b.key:  # a plan does not differ from itself
-            paired = replace(paired, difference=replace(paired.difference, low=0.0, high=0.0))
-        yield Row(what, a, b, *sizes, paired)
+        itself = pairing.same_study and a.key == b.key
+        yield Row(what, a, b, *sizes, pairing.paired(ours, theirs, task, itself=itself))
 
 
 def _bpw(study: Study, plan: Plan) -> float:

@@ -42,6 +42,11 @@ class Change:
         """By how much the score fell; negative where it rose."""
         return self.before.score - self.after.score
 
+    @property
+    def direction(self) -> str:
+        """Whether the score fell or rose, in a word."""
+        return "lower" if self.cost > 0 else "higher" if self.cost < 0 else "the same"
+
     def to_json(self) -> dict[str, object]:
         """The change as JSON values."""
         asked = self.question

@@ -67,11 +67,19 @@ class FailureGallery:
     calibration: tuple[ExplainedCard, ...] = ()
 
     @property
+    def both_ways(self) -> bool:
+        """Whether neither plan is full precision, so that losses and gains stand side by side."""
+        return self.base == "A"
+
+    @property
     def filters(self) -> list[tuple[str, str, list[str]]]:
         """Filters for the cards: a title, the data attribute by which they filter, and its values."""
         kinds = sorted({card.change.kind for card in self.cards})
         parts = sorted({card.cause.name for card in self.cards if card.cause})
         every = [("Kind of question", "kind", kinds), ("Mended by", "part", parts)]
+        if self.both_ways:
+            directions = {card.change.direction for card in self.cards}
+            every.append((f"Score of {self.other}", "direction", sorted(directions)))
         return [one for one in every if len(one[2]) > 1]
 
 
