@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import TypedDict
 
 import torch
 
+from sensitivity.analysis.failures.damage_places import id_in_task
 from sensitivity.analysis.failures.gallery import changed
 from sensitivity.api.attribution_file import check_scores_apply
 from sensitivity.api.sweeping import CACHE_GB, with_calibration
@@ -68,8 +70,8 @@ class Explanation:
     integral: PathIntegral
     blame: Blame
     data: tuple[DrawnExamples, ...]
-    examples: tuple[str, ...]  # the id of each example, by its number in `blame`
-    questions: Mapping[str, tuple[str, ...]]  # id -> the text of each token of the question
+    examples: tuple[str, ...]  # the name of each example (see `names_of`), by its number in `blame`
+    questions: Mapping[str, tuple[str, ...]]  # name -> the text of each token of the question
     square_seen: tuple[str, float] | None  # of each image, as `models.processors.square_seen` says
     boxes: Mapping[str, MovedNumber] = field(default_factory=dict)  # by number of a box, where answers are boxes
 
@@ -187,7 +189,7 @@ def explain_plan(
 
     integral = integrated("loss of answers", TOLERANCE, MAX_PASSES)
     _check_precision(integral, vlm)
-    ids = tuple(example.id for task in data for example in task.examples)
+    ids = names_of([(task.name, example.id) for task in data for example in task.examples])
     boxes: dict[str, MovedNumber] = {}
     if writes_boxes(data):
         distances = distances_in(study, plan, names)
@@ -247,6 +249,12 @@ def _pieces(vlm: VLM, tokens: Sequence[int]) -> tuple[str, ...]:
     return tuple(after[len(before) :] for before, after in itertools.pairwise(so_far))
 
 
+def names_of(examples: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """A name for each example of a task: its id, with the task where another task has the same, as with lines."""
+    repeated = Counter(example for _, example in examples)
+    return tuple(id_in_task(example, task) if repeated[example] > 1 else example for task, example in examples)
+
+
 def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, float]:
     """How far a plan moves each number of the boxes in the answers to the study's examples."""
     before, after = (study.examples(one) for one in (study.native, plan))
@@ -255,7 +263,7 @@ def distances_in(study: Study, plan: Plan, tasks: Sequence[str]) -> dict[str, fl
     answers = []
     for frame in (before, after):
         rows = frame[frame["task"].isin(tasks)]
-        answers.append(dict(zip(rows["example"], rows["answer"], strict=True)))
+        answers.append(dict(zip(zip(rows["task"], rows["example"], strict=True), rows["answer"], strict=True)))
     return mean_shifts(*answers)
 
 

@@ -363,6 +363,10 @@ def test_a_plan_at_chance_is_said_to_be_useless(two_tasks: Study, monkeypatch: p
     ) in words
     frames[candidates[0].plan.key] = frame(0.8)
     assert "chance" not in judge(two_tasks, candidates, None, frames).words
+    monkeypatch.setattr(two_tasks, "meta", two_tasks.meta | {"chance": {"vqa": None, "grounding": 0.0}})
+    words = judge(two_tasks, candidates, None, frames).words
+    assert words.endswith(" What chance would score on vqa is not known from one example.")
+    monkeypatch.setattr(two_tasks, "meta", two_tasks.meta | {"chance": {"vqa": 0.3, "grounding": 0.0}})
     # nor is it where full precision itself is at chance
     found = judge(two_tasks, candidates, None, {native: frame(0.28), candidates[0].plan.key: frame(0.25)})
     itself = "it scores 0.250 on vqa, where full precision itself scores 0.280, no better than chance (0.300)."

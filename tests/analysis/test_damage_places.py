@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import answered
+import numpy as np
 import pytest
 import torch
 from answered import FOUR, HOSTILE, TWO
 from browser import browser
 
 from sensitivity.analysis.failures.changes import study_of
-from sensitivity.analysis.failures.damage_places import DamagePlaces, explanations_of
+from sensitivity.analysis.failures.damage_places import DamagePlaces, Explained, explanations_of
 from sensitivity.analysis.failures.gallery import MAX_EXPLAINED, changed, galleries
 from sensitivity.analysis.reporting.failures_page import write
 from sensitivity.api import explaining
@@ -25,7 +26,7 @@ from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
-from sensitivity.tasks.examples.types import Example
+from sensitivity.tasks.examples.types import Example, Task, exact
 from sensitivity.tasks.table import task
 
 
@@ -220,3 +221,39 @@ def test_answers_that_got_worse_are_explained_on_their_own_images(
     native = study.native.key
     assert main(["explain", str(study.path), "--plan", native, "--failures", "2"]) == 2
     assert "full precision has no damage to explain" in capsys.readouterr().err
+
+
+def test_equal_ids_of_two_tasks_stay_apart(tmp_path: Path) -> None:
+    """Lines of two files are numbered alike."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    name = "x-0-1"
+    tasks = [Task(one, (Example(name, name, "all", image, "where?", ("there",)),), exact) for one in ("a", "b")]
+    study = answered.study(tmp_path, tasks, given)
+    frame = study.examples(TWO)
+    assert frame is not None
+    names = explaining.names_of([*zip(frame["task"], frame["example"], strict=True), ("a", "x-0-2")])
+    assert names == ("x-0-1 of a", "x-0-1 of b", "x-0-2")
+    told = {"a": 1.0, "b": 3.0, "alone": 2.0}
+    places = {
+        f"{name} of a": DamagePlaces((), (), told["a"], None),
+        f"{name} of b": DamagePlaces((), (), told["b"], None),
+        "x-0-2": DamagePlaces((), (), told["alone"], None),
+    }
+    found = Explained({}, {}, 1.0, 3, True, places, [{"name": "a"}, {"name": "b"}])
+    for task_name, example, damage in (("a", name, 1.0), ("b", name, 3.0), ("a", "x-0-2", 2.0)):
+        there = found.places_in(task_name, example)
+        assert there is not None
+        assert there.damage == damage
+    assert found.places_in("c", name) is None
+
+
+def test_boxes_of_two_tasks_with_equal_ids_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    image, name = np.zeros((4, 4, 3), np.uint8), "x-0-1"
+    right = {"a": "{<10><20><30><40>|<0>}", "b": "{<50><60><70><80>|<0>}"}
+    tasks = [Task(one, (Example(name, name, one, image, "where?", (box,)),), exact) for one, box in right.items()]
+
+    def moved(plan: Plan, example: Example) -> str:
+        return right["b"] if plan.key == TWO.key else right[example.kind]
+
+    study = answered.study(tmp_path, tasks, moved)
+    assert set(explaining.distances_in(study, TWO, ["a", "b"]).values()) == {0.0, 20.0}  # 40 in one task of two

@@ -81,6 +81,16 @@ def test_ranks_are_those_of_the_models_own_forward(itm: VLM, top: int, monkeypat
     assert asked.chance == 1 / 12
 
 
+def test_what_chance_would_score_is_not_known_from_one_example() -> None:
+    for name in ("vqa", "retrieval"):
+        asked = task(name, n=8)
+        assert asked.chance is not None
+        first = asked.examples[0].cluster
+        alone = [one for one in asked.examples if one.cluster == first]
+        single = replace(asked, examples=tuple(alone if name == "retrieval" else alone[:1]))
+        assert single.chance is None
+
+
 def test_scenes_have_captions_of_their_own_and_pools_of_256() -> None:
     asked = task("retrieval", n=300)
     captions = [e.prompt for e in asked.examples if e.kind == "image"]

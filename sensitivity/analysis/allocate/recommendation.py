@@ -166,7 +166,7 @@ def what_is_lost(one: Recommendation) -> dict[str, str]:
     It is of no use where it is not shown to score above chance, or keeps next to nothing of what full precision has
     above it; nor is any plan where full precision itself is at chance. Too few images say nothing.
     """
-    levels = (one.provenance.get("verified") or one.provenance.get("study") or {}).get("chance") or {}
+    levels = chance_levels(one)
     lost = {}
     for task in one.weights:
         kind, score, low, _ = one.score_on(task)
@@ -176,6 +176,11 @@ def what_is_lost(one: Recommendation) -> dict[str, str]:
         if why := _reason(score, low, one.full_on(task), levels.get(task) or 0.0):
             lost[task] = f"{'scores' if kind == 'measured' else 'is predicted to score'} {score:.3f} on {task}, {why}"
     return lost
+
+
+def chance_levels(one: Recommendation) -> Mapping[str, float | None]:
+    """What chance would score on each task, of the examples that the plan was run on; None where it is not known."""
+    return (one.provenance.get("verified") or one.provenance.get("study") or {}).get("chance") or {}
 
 
 def _reason(score: float, low: float, full: float, chance: float) -> str:
@@ -195,9 +200,12 @@ def _reason(score: float, low: float, full: float, chance: float) -> str:
 
 
 def warning(one: Recommendation) -> str:
-    """A sentence that a plan which is of no use is not to be used; else an empty string."""
-    lost = what_is_lost(one)
-    return f" Do not use it: it {' and '.join(lost.values())}." if lost else ""
+    """A sentence that a plan which is of no use is not to be used, and one where chance is unknown; else nothing."""
+    lost, levels = what_is_lost(one), chance_levels(one)
+    unknown = [task for task in one.weights if task in levels and levels[task] is None]
+    return (f" Do not use it: it {' and '.join(lost.values())}." if lost else "") + (
+        f" What chance would score on {' and '.join(unknown)} is not known from one example." if unknown else ""
+    )
 
 
 def judged_by(weights: Mapping[str, float]) -> str:

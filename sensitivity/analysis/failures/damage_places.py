@@ -59,15 +59,17 @@ class Explained:
     change: float
     count: int  # of examples
     of_failures: bool
-    examples: Mapping[str, DamagePlaces]  # by the example's id
+    # by the example's id, or by `id_in_task` where two tasks have the same ids
+    examples: Mapping[str, DamagePlaces]
     # by which the examples are found again: task, split, n and seed; and the name of the task in the study, which an
     # earlier version did not store
     sources: Sequence[Mapping[str, Any]]
 
     def places_in(self, task: str, example: str) -> DamagePlaces | None:
         """Where the damage enters an example of a task."""
-        known = any(source.get("name", task) == task for source in self.sources)
-        return self.examples.get(example) if known else None
+        if not any(source.get("name", task) == task for source in self.sources):
+            return None
+        return self.examples.get(id_in_task(example, task)) or self.examples.get(example)
 
     @property
     def words(self) -> str:
@@ -95,11 +97,19 @@ def explanations_of(study: Path, plan: Plan) -> list[Explained]:
     return sorted(explanations, key=lambda one: not one.of_failures)
 
 
-def examples_of(found: Explained) -> Iterator[Example]:
-    """The examples that were explained, drawn again; none of a task whose data are gone."""
+def examples_of(found: Explained) -> Iterator[tuple[Example, DamagePlaces]]:
+    """The examples that were explained, drawn again, and where damage enters; none of a task whose data are gone."""
     for source in found.sources:
         with contextlib.suppress(UserError, OSError):
-            yield from find_task(source["task"], source["split"], source["n"], source["seed"]).examples
+            drawn = find_task(source["task"], source["split"], source["n"], source["seed"])
+            for example in drawn.examples:
+                if places := found.places_in(source.get("name", drawn.name), example.id):
+                    yield example, places
+
+
+def id_in_task(example: str, task: str) -> str:
+    """The name of an example whose id another task has, too."""
+    return f"{example} of {task}"
 
 
 def _read(data: Mapping[str, Any]) -> Explained:

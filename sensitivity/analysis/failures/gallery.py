@@ -148,11 +148,10 @@ def _calibration_cards(known: Sequence[Explained]) -> Iterator[ExplainedCard]:
     """The calibration examples that a plan damages most, if they were explained and their images are found."""
     for one in known:
         if not one.of_failures:
-            worst = sorted(one.examples, key=lambda name: -one.examples[name].damage)[:MAX_EXPLAINED]
-            found = {example.id: example for example in examples_of(one)}
-            for name in worst:
-                if name in found and (shown := picture(found[name].image)) is not None:
-                    yield ExplainedCard(found[name], shown, one.examples[name])
+            worst = sorted(examples_of(one), key=lambda pair: -pair[1].damage)[:MAX_EXPLAINED]
+            for example, places in worst:
+                if (shown := picture(example.image)) is not None:
+                    yield ExplainedCard(example, shown, places)
 
 
 def changed(study: Study, plan: Plan, task: str = "", kind: str = "") -> list[Change]:

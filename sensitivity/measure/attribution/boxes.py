@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def tokens_of(vlm: VLM, number: int, targets: Tensor) -> Tensor:
     return found
 
 
-def mean_shifts(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, float]:
+def mean_shifts(before: Mapping[Any, str], after: Mapping[Any, str]) -> dict[str, float]:
     """How far each number of a box is from before: the mean over examples whose answers are one box both times."""
     pairs = [(parse(before[name]), parse(after[name])) for name in before if name in after]
     both = [(one[0], other[0]) for one, other in pairs if len(one) == len(other) == 1]

@@ -121,10 +121,16 @@ class Task:
         return digest.hexdigest()[:16]
 
     @cached_property
-    def chance(self) -> float:
-        """The score of a model that sees nothing: it always gives the most common right answer of each kind."""
+    def chance(self) -> float | None:
+        """The score of a model that sees nothing: it always gives the most common right answer of each kind.
+
+        None where a single example, or image to find, says nothing of it.
+        """
         if self.gallery:
-            return 1 / min(self.gallery.pool, len({example.cluster for example in self.examples}))
+            images = len({example.cluster for example in self.examples})
+            return 1 / min(self.gallery.pool, images) if images > 1 else None
+        if len(self.examples) < 2:
+            return None
         commonest: dict[str, str] = {}
         for kind in {example.kind for example in self.examples}:
             answers = Counter(example.answers[0] for example in self.examples if example.kind == kind)
