@@ -60,7 +60,7 @@ def test_it_ends_where_the_sweep_was_killed(tmp_path: Path, capsys: pytest.Captu
     assert main(["watch", str(made.path), "--every", "1"]) == 0
     out = capsys.readouterr().out
     assert "0 plans done, 0 running, 2 waiting, 1 stopped as their process ended; no process is known to work" in out
-    assert f"`sensitivity sweep planted ... --out {made.path}`, goes on" in out
+    assert f"the command that began it, with --out {made.path}, goes on" in out
     assert made.counts()["running"] == 1, "it changes nothing"
     assert main(["watch", str(made.path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -87,7 +87,7 @@ def test_it_ends_where_the_sweep_was_killed_between_two_plans(
     assert main(["watch", str(made.path), "--every", "1"]) == 0
     assert time.monotonic() - began > 2.5
     out = capsys.readouterr().out
-    assert "1 plans done, 0 running, 2 waiting; no process is known to work on them: the same command as" in out
+    assert "1 plans done, 0 running, 2 waiting; no process is known to work on them; the command that" in out
 
 
 def test_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,8 +97,6 @@ def _is_over(study: Study, counts: dict[str, int]) -> bool:
 
 def _how_to_go_on(study: Study) -> str:
     """What to type where no process is known to run the plans that are left."""
-    model, out = shell_word(study.meta.get("model", "MODEL")), shell_word(study.path)
     return (
-        f"no process is known to work on them: the same command as before, `sensitivity sweep {model} ... --out {out}`,"
-        " goes on"
+        f"no process is known to work on them; the command that began it, with --out {shell_word(study.path)}, goes on"
     )
