@@ -206,6 +206,8 @@ def test_two_studies_as_a_page(pair: tuple[Study, Study], tmp_path: Path) -> Non
         texts = window.run("return [...document.querySelectorAll('figure svg text')].map(t => t.textContent)")
         assert {"A", "B"} <= set(texts)
         window.devtools("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+        height = "return [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
+        assert min(window.run(height)) > 9, "figures scroll on a phone, as in a report"
         assert window.run("return document.documentElement.scrollWidth") <= 390
 
 

@@ -259,6 +259,7 @@ def test_a_table_without_sizes_makes_up_none(tmp_path: Path, capsys: pytest.Capt
     assert not in_bytes.search(told + (study.path / "plan.md").read_text())
     page = re.sub(r"<(svg|script|style).*?</\1>", "", report(study, tmp_path / "r").read_text(), flags=re.S)
     assert not in_bytes.search(page)
+    assert "1,000,000" not in page
     assert cli.main(["recommend", str(study.path), "--bpw", "1"]) == 2
     assert (
         "no measured plan fits 1.00 bpw: with these widths, 2.00 to 16.00 bpw can be reached" in capsys.readouterr().err
