@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from planted import frame
 from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve, spend
 from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
-from sensitivity.analysis.allocate.neighbors import plans_near
+from sensitivity.analysis.allocate.neighbors import changed_at_most_twice, plans_near
+from sensitivity.analysis.allocate.program import Program
 from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
@@ -27,6 +29,7 @@ from sensitivity.spec.limits import allowed_by, merge_groups, tied_groups
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import why_foreign, write_file
 from sensitivity.spec.sizes import budget_bits, size
+from sensitivity.study.storage.expected import save as save_expected
 from sensitivity.study.study import Study
 
 FOUR = planted.parts(("vision.front", "vision.end", "connector", "language"), (700, 900, 100, 2500))
@@ -165,6 +168,42 @@ def test_weights_over_several_tasks_are_solved_exactly(two_tasks: Study) -> None
         got = [sum(w / 4 * c.predicted[t].score / c.predicted[t].full for t, w in wish.items()) for c in best]
         fitting = np.sort(value[bits <= int(bpw * two_tasks.parts.numel)])[::-1]
         np.testing.assert_allclose(got, fitting[:2], atol=1e-6)
+
+
+def test_nearly_equal_plans_for_several_tasks_are_not_listed_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = planted.parts(tuple(f"language.{i}" for i in range(13)), tuple(range(300, 950, 50)))
+    draw = np.random.default_rng(0)
+    rows = np.concatenate([[[16] * 13], draw.choice([2, 3, 4, 6, 8], (2, 13))])
+    worth = draw.uniform(0.2, 3, 13)
+    gentle = {
+        task: lambda bits, scale=scale: np.exp(-scale * (worth * planted.damage(bits, 2)).sum(axis=1))
+        for task, scale in (("a", 0.01), ("b", 0.006))
+    }
+    study = planted.study(tmp_path / "s", gentle, components=many, rows=rows)
+    expected = {
+        name: {Scheme("codes", bits): float(each * np.exp(2 - bits)) for bits in (2, 3, 4, 6, 8)}
+        for name, each in zip(many.names, worth, strict=True)
+    }
+    save_expected(study.path, expected, "a guess")
+    knapsack, solved = Knapsack.of(study, ["a", "b"]), list[object]()
+    minimize = Program.minimize
+
+    def counted(self: Program, *given: Any, **more: Any) -> object:
+        solved.append(given)
+        assert len(solved) < 20  # with a loose bound there were hundreds
+        return minimize(self, *given, **more)
+
+    monkeypatch.setattr(Program, "minimize", counted)
+    best = solve(study, bpw=4.5, tasks=["a", "b"], top=1, knapsack=knapsack)[0]
+
+    def share(index: np.ndarray) -> np.ndarray:
+        return np.asarray(sum(knapsack.models[task].predict(index) / knapsack.full(task) for task in "ab"))
+
+    near = changed_at_most_twice(knapsack, [best.plan])
+    bits = sum(sizes[near[:, c]] for c, sizes in enumerate(knapsack.bits)) + knapsack.kept
+    assert share(knapsack.space.encode([best.plan]))[0] >= share(near[bits <= budget_bits(many, 4.5)]).max() - 1e-4
 
 
 def test_limits_hold_by_construction(two_tasks: Study) -> None:

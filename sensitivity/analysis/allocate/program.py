@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -18,7 +19,10 @@ from sensitivity.spec.limits import Allowed
 from sensitivity.spec.standard_output import silenced
 
 Floats = np.ndarray
-SEGMENTS = 24  # line segments that bound a task's score from above, where several tasks are weighted
+# line segments that bound a task's score from above, where several tasks are weighted, and as many more for scores near
+# those of a plan that was found, in shares of the score
+SEGMENTS, NEAR = 24, 0.04
+GAP = 1e-5  # HiGHS stops at a plan within this share of the bound, where the objective is only a bound anyway
 
 
 class Program:
@@ -43,6 +47,13 @@ class Program:
         self._allow(allowed)
         for group in tied:
             self._tie(group)
+
+    def copy(self) -> Program:
+        """A program to which more can be added while this one stays as it is."""
+        copied = copy(self)
+        copied.low, copied.high, copied.integral = [*self.low], [*self.high], [*self.integral]
+        copied.rows, copied.products = [*self.rows], dict(self.products)
+        return copied
 
     def _new(self, count: int, low: float, high: float, integral: bool = False) -> int:
         """Add variables with these bounds; return the index of the first."""
@@ -132,18 +143,20 @@ class Program:
                 self.rows.append(({**{start + i * m + j: 1.0 for i in range(n)}, self.first[b] + j: -1.0}, 0, 0))
         return self.products[a, b]
 
-    def bound(self, weights: Mapping[str, float]) -> dict[int, float]:
+    def bound(self, weights: Mapping[str, float], near: Floats | None = None) -> dict[int, float]:
         """The objective for several tasks: minus an upper bound of their weighted mean share of full precision.
 
         A task's score is a curve over its damage, which a linear program cannot hold. So the damage is cut into
         segments, and in each a line above the curve stands for it: `pieces` is 1 for the segment in which the damage
         lies, where `inside` equals the damage; both are 0 for every other segment.
+
+        near: a plan around whose damages the bound is tight.
         """
         cost: dict[int, float] = {}
         for task, weight in weights.items():
             model, full = self.knapsack.models[task], self.knapsack.full(task)
             damage = self.damage(task)
-            knots, slopes, starts = _above(model)
+            knots, slopes, starts = _above(model, near)
             pieces = self._new(len(slopes), 0, 1, integral=True)
             inside = self._new(len(slopes), -np.inf, np.inf)
             self.rows.append(({pieces + k: 1.0 for k in range(len(slopes))}, 1, 1))
@@ -172,8 +185,11 @@ class Program:
         """Forbid one plan, so that the next solution is the next best."""
         self.rows.append(({self.first[c] + int(i): 1.0 for c, i in enumerate(row)}, -np.inf, len(row) - 1))
 
-    def minimize(self, cost: Mapping[int, float]) -> tuple[Floats, float] | None:
-        """The choice of each component with the least cost, and that cost; None where no plan meets the constraints."""
+    def minimize(self, cost: Mapping[int, float], gap: float = 0.0) -> tuple[Floats, float] | None:
+        """The choice of each component with the least cost, and that cost; None where no plan meets the constraints.
+
+        With a gap, the plan may cost more than the least by that share, and the cost is a bound that none is below.
+        """
         entries = [(r, c, v) for r, (row, _, _) in enumerate(self.rows) for c, v in row.items()]
         r, c, v = zip(*entries, strict=True)
         matrix = csr_array((v, (r, c)), shape=(len(self.rows), len(self.low)))
@@ -187,19 +203,27 @@ class Program:
                 constraints=limits,
                 integrality=np.array(self.integral),
                 bounds=Bounds(np.array(self.low), np.array(self.high)),
-                options={"mip_rel_gap": 0},  # by default HiGHS stops at a plan within 1e-4 of the best
+                options={"mip_rel_gap": gap},  # by default HiGHS stops at a plan within 1e-4 of the best
             )
         if solution.x is None:
             return None
         chosen = [solution.x[start:end] for start, end in itertools.pairwise(self.first)]
-        return np.array([int(np.argmax(one)) for one in chosen]), float(solution.fun) * scale
+        least = solution.mip_dual_bound if gap else solution.fun
+        return np.array([int(np.argmax(one)) for one in chosen]), float(least) * scale
 
 
-def _above(model: Surrogate) -> tuple[Floats, Floats, Floats]:
-    """Segments of damage, and for each the slope and intercept of a line that lies above the curve of the score."""
+def _above(model: Surrogate, near: Floats | None = None) -> tuple[Floats, Floats, Floats]:
+    """Segments of damage, and for each the slope and intercept of a line that lies above the curve of the score.
+
+    near: a plan around whose damage the segments are short.
+    """
     worst = 16 ** (1 / model.power)
     # knots at equal steps of the score, so that no segment's line is far above the curve
     levels = np.linspace(1, 0, SEGMENTS + 1)[1:-1]
+    if near is not None:
+        level = math.exp(-(min(model.total_damage(near), worst) ** model.power))  # from 1 at full precision to 0
+        close = np.linspace(level - NEAR, level + NEAR, SEGMENTS + 1)
+        levels = np.concatenate([levels, close[(close > math.exp(-16)) & (close < 1)]])
     knots = np.concatenate([[0.0], (-np.log(levels)) ** (1 / model.power), [worst]])
     knots = np.unique(knots)
     slopes, starts = [0.0], [float(model.at_damage(np.zeros(1))[0])]  # damage below 0: the score stays

@@ -102,6 +102,11 @@ class Surrogate:
         """Exponent of the curve."""
         return self.formula.power(self.theta)
 
+    def total_damage(self, row: Floats) -> float:
+        """The total damage of a plan, given as a row of positions."""
+        damages = np.array([[each[i] for each, i in zip(self.damages(), row, strict=True)]])
+        return float(self.formula.eta(self.theta, damages)[0])
+
     def at_damage(self, eta: Floats) -> Floats:
         """Score at a total damage."""
         return self.formula.curve(self.theta, eta)[0]
