@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from sensitivity.spec.errors import UserError
 from sensitivity.study import answers
-from sensitivity.study.scores import ROUNDING, half_width_of_constant, se_of_residuals
+from sensitivity.study.scores import least_half_width, se_of_residuals
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
@@ -85,12 +85,16 @@ def uncertainty(study: Study) -> float:
 
 
 def _half_width(first: Seen, second: Seen) -> float:
-    """Half the 95 % interval of the difference of two trials, as wide for one that is constant as in a table."""
+    """Half the 95 % interval of the difference of two trials, no narrower than it would be in a table."""
     _, se, clusters = _compared(first, second)
-    if clusters > 1 and se < ROUNDING:
-        sums = _sums(first)
-        return half_width_of_constant((sums["sum"] / sums["count"]).to_numpy(), clusters)
-    return se * float(stdtrit(max(1, clusters - 1), 0.975))
+    half = se * float(stdtrit(max(1, clusters - 1), 0.975))
+    if clusters < 2:
+        return half
+    a, b = _sums(first), _sums(second)
+    both = a.index.intersection(b.index)
+    counts = a.loc[both, "count"].to_numpy(dtype=float)
+    ours, theirs = (one.loc[both, "sum"].to_numpy() / counts for one in (a, b))
+    return max(half, least_half_width(ours - theirs, ours, int(counts.sum())))
 
 
 def _beats(difference: Difference, level: float) -> bool:

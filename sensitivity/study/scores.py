@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-12  # differences that are closer than this are the same
+FEW = 4  # with so many examples that differ, Student's interval is as wide as Wilson's limit where none differs
 LEAST_CLUSTERS = 6  # for a verdict: if all of fewer differ the same way, a sign test still shows nothing at 95 %
 
 
@@ -136,11 +137,11 @@ def paired_difference(
     se, images = clustered_se(difference, np.asarray(clusters))
     if itself:
         low = high = mean
-    elif images > 1 and np.ptp(difference) < ROUNDING:
-        half = half_width_of_constant(x, images, tries)
-        low, high = mean - half, mean + half
     else:
         low, high = _student(mean, se, images, tries)
+        if images > 1:
+            least = least_half_width(difference, x, len(x), tries)
+            low, high = min(low, mean - least), max(high, mean + least)
     if _is_share(x) and _is_share(y):
         low, high = max(low, -1.0), min(high, 1.0)
     return Score(mean, se, len(difference), images, low, high)
@@ -191,14 +192,17 @@ def _student(mean: float, se: float, clusters: int, tries: int = 1) -> tuple[flo
     return mean - half, mean + half
 
 
-def half_width_of_constant(scores: np.ndarray, clusters: int, tries: int = 1) -> float:
-    """Half the interval of a paired difference that is the same for all examples, mostly 0: its error says nothing.
+def least_half_width(differences: np.ndarray, scores: np.ndarray, n: int, tries: int = 1) -> float:
+    """The least half width of an interval of a paired difference; 0 unless it is the same on nearly all examples.
 
-    Wilson's limit for 0 of so many clusters (as for a score of 0) says in how large a share of them the difference
-    could be another, either way. There it would be another by no more than the range of the scores.
+    Where fewer than FEW examples differ from the rest, their spread says little. Wilson's limit for 0 of n (as for a
+    score of 0) says in how large a share of examples the difference could be another, either way. There it would be
+    another by no more than the range of the scores.
     """
+    if np.sum(np.abs(differences - np.median(differences)) > ROUNDING) >= FEW:
+        return 0.0
     z = float(ndtri(_quantile(tries)))
-    return z**2 / (clusters + z**2) * float(np.ptp(np.append(scores, [0.0, 1.0])))
+    return z**2 / (n + z**2) * float(np.ptp(np.append(scores, [0.0, 1.0])))
 
 
 def _wilson(mean: float, se: float, n: int, clusters: int) -> tuple[float, float]:

@@ -91,7 +91,7 @@ def test_no_difference_in_a_few_examples_is_not_without_error() -> None:
     scores, clusters = np.tile([1.0, 0.0], 50), np.arange(100) // 2
     found = paired_difference(scores, scores, clusters)
     assert (found.mean, found.se) == (0, 0)
-    assert found.high == pytest.approx(summarize(np.zeros(100), clusters).high)  # as for 50 scenes, not 100 questions
+    assert found.high == pytest.approx(summarize(np.zeros(100), np.arange(100)).high)
     assert found.low == -found.high
     assert paired_difference(scores, scores, clusters, tries=3).high > found.high
     assert paired_difference(10 * scores, 10 * scores, clusters).high == pytest.approx(10 * found.high)
@@ -107,13 +107,33 @@ def test_the_same_difference_in_a_few_examples_is_not_without_error() -> None:
     assert (all_lost.low, all_lost.high) == (-1, pytest.approx(-1 + none.high))
 
 
+def test_no_interval_of_a_difference_is_wider_where_fewer_answers_changed() -> None:
+    widths = []
+    for lost in range(8):
+        scores = np.ones(100)
+        scores[np.arange(lost) * 11] = 0
+        found = paired_difference(scores, np.ones(100), np.arange(100) // 5)
+        widths.append(found.high - found.low)
+    assert widths == sorted(widths)
+    assert widths[0] > 0.07
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.01, 0.03])
+def test_differences_in_few_answers_cover_the_truth(rate: float) -> None:
+    rng, hits, rounds = np.random.default_rng(5), 0, 300
+    for _ in range(rounds):
+        found = paired_difference(rng.random(100) >= rate, np.ones(100), np.arange(100) // 5)
+        hits += found.low <= -rate <= found.high
+    assert hits / rounds > 0.93  # by Student's t alone .16, .62 and .87
+
+
 def test_equal_answers_on_a_few_images_are_not_known_for_certain(tmp_path: Path) -> None:
     """A sweep that ends once errors are small goes on until this one is, too."""
     study = answered.study(tmp_path, [task("vqa", n=60)], lambda plan, example: example.answers[0], n=60)
     row = study.table().set_index("key").loc[answered.FOUR.key]
     assert row["vqa.delta"] == row["vqa.delta.se"] == 0
     assert uncertainty(study) == pytest.approx(row["vqa.delta.high"])
-    assert uncertainty(study) > 0.05
+    assert uncertainty(study) > 0.02
 
 
 def test_a_plan_does_not_differ_from_itself() -> None:
