@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from sensitivity.cli.output.tables import LONG_WORD, print_table
+import pandas as pd
+import planted
+import pytest
+from planted import frame
+
+from sensitivity.analysis.allocate.budget import solve
+from sensitivity.analysis.allocate.judging import judge, unmeasured
+from sensitivity.cli.output.tables import LONG_WORD, print_recommendation, print_table
 
 HEADS = ("what", "score", "difference", "plan")
 ROWS = (
@@ -42,3 +49,33 @@ def test_without_a_terminal_or_a_width_there_are_120_columns(
     monkeypatch.delenv("COLUMNS", raising=False)
     print_table("Long", ("text",), [("word " * 60,)])
     assert 100 < max(map(len, capsys.readouterr().out.splitlines())) <= 120
+
+
+def test_of_two_tasks_full_precision_stands_beside_each_in_the_order_of_the_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The uniform plan's figure is a share of full precision, as the plan's own is, and says so."""
+    made = planted.study(tmp_path, {"ground": planted.product, "vqa": planted.product})
+    weights = {"vqa": 1.0, "ground": 1.0}
+    best, rival = solve(made, bpw=5, weights=weights, top=1)[0], solve(made, bpw=6, weights=weights, top=1)[0]
+    rows = {
+        key: pd.concat([frame(of["vqa"]).assign(task="vqa"), frame(of["ground"]).assign(task="ground")])
+        for key, of in {
+            made.native.key: {"vqa": 0.9, "ground": 0.8},
+            best.plan.key: {"vqa": 0.6, "ground": 0.4},
+            rival.plan.key: {"vqa": 0.3, "ground": 0.2},
+        }.items()
+    }
+    print_recommendation(judge(made, [best], rival, rows, weights))
+    said = capsys.readouterr().out.splitlines()
+    one, two = (next(i for i, line in enumerate(said) if line.startswith(f"  {task} 0.")) for task in weights)
+    assert two == one + 1
+    assert said[one].startswith("  vqa 0.600 [")
+    assert ", full precision 0.900 [" in said[one]
+    assert ", full precision 0.800 [" in said[two]
+    assert any(
+        line.startswith("  best uniform plan within the budget: ") and ", share of full precision 0.29" in line
+        for line in said
+    )
+    print_recommendation(unmeasured(made, [best], weights))
+    assert "  predicted share of full precision in 0.5 vqa + 0.5 ground " in capsys.readouterr().out

@@ -200,20 +200,23 @@ def print_recommendation(best: Recommendation) -> None:
     print(f"  {best.plan.describe()}")
     in_bytes = f" ({size.bpw_codes:.2f} codes only), {bytes_in_words(size.bytes)}" if size.sized else ""
     print(f"  {size.bpw:.2f} bpw {size.counted}{in_bytes}")
+    # with several tasks, scores are shares of full precision, whose own is 1
+    share = "share of full precision" if len(best.weights) > 1 else ""
+    what = f"{share} in {best.task}" if share else best.task
     if best.measured is None:
         expected = best.predicted
-        print(f"  predicted {best.task} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
+        print(f"  predicted {what} {expected.score:.3f} [{expected.low:.3f}, {expected.high:.3f}]")
     else:
         where = "examples that had no part in the choice" if best.fresh else "examples that had a part in the choice"
-        several = len(best.weights) > 1  # then scores are shares of full precision, whose own is 1
-        what = f"share of full precision in {best.task}" if several else best.task
         print(f"  {what} {best.measured}, measured on {where}")
-        for task, score in best.by_task.items() if several else ():
-            print(f"  {task} {score}")
-        if best.full is not None and not several:
+        for task in best.weights if share else ():
+            full = f", full precision {best.full_by_task[task]}" if task in best.full_by_task else ""
+            print(f"  {task} {best.by_task[task]}{full}")
+        if best.full is not None and not share:
             print(f"  full precision {best.full}")
         if best.uniform is not None:
-            print(f"  best uniform plan within the budget: {best.uniform.other.describe()}, {best.uniform.score}")
+            of = f"{share} " if share else ""
+            print(f"  best uniform plan within the budget: {best.uniform.other.describe()}, {of}{best.uniform.score}")
     print(f"  {best.words}")
 
 
