@@ -285,8 +285,14 @@ def test_a_prediction_does_not_show_answers_of_an_earlier_verification(
     assert study_of(made, best).path == verified
     assert main(["recommend", str(made.path), "--bpw", "15", "--no-run"]) == 0
     out = capsys.readouterr().out
-    assert "nothing was run to check it" in out
+    before = next(one.scores["vqa"] for one in Study(verified).measured() if one.key == best.key)
+    told = "Predicted only: nothing was run now to check it; an earlier verification measured vqa "
+    told += f"{before['mean']:.3f} [{before['low']:.3f}, {before['high']:.3f}]"
+    assert told in out
     assert "What happened to the answers" not in out
+    card = (made.path / "plan.md").read_text()  # its table of scores is the verification's
+    assert "an earlier verification measured vqa " in card
+    assert f"| vqa | {before['mean']:.4f} |" in card
 
 
 def test_no_cause_is_offered_where_images_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from sensitivity.analysis.observations import observations_of
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.scores import Score, paired_difference, summarize
+from sensitivity.study.storage.paths import is_study, verification_folder
 from sensitivity.study.study import Study
 
 ROUNDING = 1e-9  # scores closer than this differ by the order of their sums alone
@@ -184,7 +185,25 @@ def unmeasured(
         best,
         provenance=provenance_of(study) | (provenance or {}),
     )
-    return replace(found, words=f"Predicted only: nothing was run to check it.{warning(found)}")
+    return replace(found, words=f"Predicted only: {_measured_before(study, best.plan)}.{warning(found)}")
+
+
+def _measured_before(study: Study, plan: Plan) -> str:
+    """In words, what an earlier verification, or else the study itself, measured of a plan that is not run now."""
+    folder = verification_folder(study.path)
+    for one, where in (
+        *([(Study(folder), "an earlier verification")] if is_study(folder) else []),
+        (study, "the study itself, which the prediction rests on,"),
+    ):
+        found = next((trial for trial in one.measured() if trial.key == plan.key), None)
+        if found is not None:
+            scores = (
+                f"{task} {score['mean']:.3f}" + (f" [{low:.3f}, {score['high']:.3f}]" if low is not None else "")
+                for task, score in found.scores.items()
+                for low in [score.get("low")]  # an imported table has only means
+            )
+            return f"nothing was run now to check it; {where} measured {', '.join(scores)}"
+    return "nothing was run to check it"
 
 
 def _of_task(frame: pd.DataFrame, task: str) -> pd.DataFrame:

@@ -119,7 +119,7 @@ def _interval(row: Mapping[str, float] | pd.Series) -> str:
 def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Sequence[Ranking]) -> list[str]:
     """How sure that is: measurements, verdicts, and how well the forest predicts."""
     lines = []
-    if recommendations and all(one.measured is None for one in recommendations):
+    if all(one.measured is None for one in recommendations) and len({one.words for one in recommendations}) == 1:
         lines.append(recommendations[0].words)
     for one in recommendations if not lines else ():
         at = f"At {one.budget:g} bpw: " if len(recommendations) > 1 else ""
