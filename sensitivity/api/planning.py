@@ -13,7 +13,7 @@ import numpy as np
 
 from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import Candidate, mean_share
-from sensitivity.analysis.allocate.by_scores import combined, optimum
+from sensitivity.analysis.allocate.by_scores import combined, met_budgets, optimum
 from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
@@ -263,12 +263,11 @@ def warn_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
         )
 
 
-def check_budgets(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest) -> None:
-    """Raise an error for a budget that no plan meets, before anything is calibrated."""
+def meetable(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest) -> tuple[PlanRequest, list[str]]:
+    """The request for those budgets that some plan meets, and a sentence for each other one; nothing is calibrated."""
     allow, tie = allowed_and_tied(parts, request)
-    no_damage = {name: dict.fromkeys(schemes, 0.0) for name in parts.names}
-    for bpw in request.bpw:
-        optimum(parts, no_damage, bpw, request.runtime, allow, tie)
+    met, unmet = met_budgets(parts, schemes, request.bpw, request.runtime, allow, tie)
+    return replace(request, bpw=met), unmet
 
 
 def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:

@@ -375,6 +375,10 @@ def test_the_command_line_adds_and_predicts(
     assert [point["budget_bpw"] for point in facts["frontier"]] == [13, 14]
     assert all(point["size"]["bpw"] <= point["budget_bpw"] for point in facts["frontier"])
     assert Plan.from_json(facts["frontier"][0]["plan"])
+    assert cli.main([*line.replace("13,14", "1,13").split(), "--json"]) == 2  # the other budget is answered
+    partly = json.loads(capsys.readouterr().out)
+    assert partly["frontier"] == facts["frontier"][:1]
+    assert partly["error"].startswith("1 bpw: no plan fits 1.00 bpw")
     assert cli.main(line.split()) == 0
     said = capsys.readouterr().out
     assert "predicted from 2 models (m0, m1; a); nothing of it was measured" in said

@@ -56,6 +56,19 @@ def test_a_plan_in_minutes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         run(capsys, f"{verb} {folder / 'study'} --bpw 4 --json{more}")
 
 
+def test_a_budget_that_no_plan_meets_refuses_only_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{PLAN.replace('--bpw 4,3', '--bpw 1,4')} --out {folder / 'partly'}"
+    for typed, key in ((f"{line} --dry-run", "plans"), (line, "budgets")):
+        capsys.readouterr()
+        assert cli.main(typed.split()) == 2
+        out = json.loads(capsys.readouterr().out)
+        assert out["error"].startswith("1 bpw: no plan fits 1.00 bpw")
+        assert out["error"].endswith("ask for more, or give lower widths (--bits)")
+        assert out[key]
+    assert [one["budget_bpw"] for one in out["budgets"]] == [4.0]
+    assert [one.budget for one in recommended(Study(folder / "partly"))] == [4.0]
+
+
 def test_fewer_examples_decide_than_verify(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,7 +210,7 @@ def infeasible(
         return UserError(
             f"{subject} fits {budget / numel:.2f} bpw{asked}: with these widths, "
             f"{low / numel:.2f} to {high / numel:.2f} bpw{reached} can be reached; "
-            "ask for more, or sweep lower widths (--bits)"
+            f"ask for more, or {'sweep' if subject == NO_PLAN else 'give'} lower widths (--bits)"
         )
     if knapsack.limits is not None:
         return UserError(_too_slow(knapsack, knapsack.limits, allowed, tied, f"{budget / numel:.2f} bpw"))

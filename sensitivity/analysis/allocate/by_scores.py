@@ -51,6 +51,31 @@ def optimum(
     return knapsack.space.decode(min(solutions, key=lambda one: one[1])[0])
 
 
+def met_budgets(
+    parts: ComponentMap,
+    schemes: Sequence[Scheme],
+    budgets: Sequence[float],
+    runtime: str | None = None,
+    allow: Allowed | None = None,
+    tie: Sequence[Sequence[str]] = (),
+) -> tuple[tuple[float, ...], list[str]]:
+    """The budgets in bits per weight that some plan meets, and a sentence for each other one.
+
+    Where no budget can be met, that is an error.
+    """
+    no_damage = {name: dict.fromkeys(schemes, 0.0) for name in parts.names}
+    failures = {}
+    for bpw in budgets:
+        try:
+            optimum(parts, no_damage, bpw, runtime, allow, tie)
+        except UserError as error:
+            failures[bpw] = error
+    met = tuple(bpw for bpw in budgets if bpw not in failures)
+    if not met:
+        raise failures[budgets[0]]
+    return met, [f"{bpw:g} bpw: {error}" for bpw, error in failures.items()]
+
+
 def _solved(
     knapsack: Knapsack, damages: Sequence[np.ndarray], budget: int, allow: Allowed | None, tie: Sequence[Sequence[str]]
 ) -> tuple[np.ndarray, float]:

@@ -14,6 +14,7 @@ from sensitivity.cli.arguments.scheme_flags import checked, loadable_schemes
 from sensitivity.cli.output.explained_tables import print_score_costs
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import print_forecast, print_recommendation
+from sensitivity.spec.errors import Partly
 
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.kept_recommendation import Proposed
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.api.exporting import check_may_save
     from sensitivity.api.planning import (
         begin_plan,
-        check_budgets,
+        meetable,
         opening_scores,
         scored,
         search_examples,
@@ -80,11 +81,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     vlm, parts, tasks = loaded(args)
     requested, request = _request(args, parts, requested)
-    check_budgets(parts, requested, request)
+    request, unmet = meetable(parts, requested, request)
     check_may_save(args.out, request.bpw)
     check_tasks_fit(vlm, tasks)
     if args.dry_run:
-        return _forecast(args, vlm, parts, requested, tasks)
+        return _whole(_forecast(args, vlm, parts, requested, tasks, len(request.bpw)), unmet)
     data = args.calibration or args.task
     with show_stages(args.json):
         scoring = scored(
@@ -103,7 +104,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         show_progress(planning.steps, "measuring", planning.study, args.trials, left)
     warn_if_calibration_is_easier(scoring.given, planning.study)
     warn_if_scores_misjudge(planning.study, planning.request, args.trials)
-    return _verified(args, vlm, scoring, planning.study, planning.request, planning.proposals())
+    return _whole(_verified(args, vlm, scoring, planning.study, planning.request, planning.proposals()), unmet)
+
+
+def _whole(result: dict[str, object], unmet: list[str]) -> dict[str, object]:
+    """The result; where some budgets cannot be met, an error that says so and holds it."""
+    if unmet:
+        raise Partly("; ".join(unmet), result)
+    return result
 
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
@@ -164,7 +172,7 @@ def _verified(
 
 
 def _forecast(
-    args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: list[Task]
+    args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: list[Task], budgets: int
 ) -> dict[str, object]:
     """Forecast the cost of scoring and of all plans that may be run; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
@@ -175,7 +183,7 @@ def _forecast(
     from sensitivity.study.study import Study
 
     # full precision, and for each budget its candidates and the best uniform plan
-    verified = 1 + (args.top + 1) * len(args.gb or args.bpw)
+    verified = 1 + (args.top + 1) * budgets
     n, fresh = search_examples(args.n, tasks), verification_folder(args.out)
     measured = len(keys_of_measured(args.out, args.task, n, args.seed))
     # plans run before the verification see fewer examples: count them as fewer plans with all examples

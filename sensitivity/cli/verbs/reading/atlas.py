@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.arguments.scheme_flags import schemes
 from sensitivity.cli.output.tables import print_table
-from sensitivity.spec.errors import shell_word
+from sensitivity.spec.errors import Partly, shell_word
 from sensitivity.spec.sizes import bytes_in_words
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def _add(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _predict(args: argparse.Namespace) -> dict[str, object]:
+    from sensitivity.analysis.allocate.by_scores import met_budgets
     from sensitivity.analysis.atlas.predicted_frontier import predict_frontier
     from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
@@ -97,10 +98,14 @@ def _predict(args: argparse.Namespace) -> dict[str, object]:
     granularity(args.by)
     vlm = load(args.source, config_only=True)
     parts = inspect(vlm, by=args.by)
-    found = predict_frontier(parts, asked, args.atlas, args.bpw, args.task, args.attributions)
+    budgets, unmet = (None, []) if args.bpw is None else met_budgets(parts, asked, args.bpw)
+    found = predict_frontier(parts, asked, args.atlas, budgets, args.task, args.attributions)
     if not args.json:
         _show(args, found)
-    return {"model": vlm.name, "atlas": str(args.atlas), **found.to_json()}
+    result = {"model": vlm.name, "atlas": str(args.atlas), **found.to_json()}
+    if unmet:
+        raise Partly("; ".join(unmet), result)
+    return result
 
 
 def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
