@@ -15,8 +15,9 @@ from answered import NATIVE
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.cli.main import main
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.identity import without_folder
+from sensitivity.study.storage import expected, paths
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Example
 from sensitivity.tasks.table import task
@@ -49,6 +50,32 @@ def test_others_choose_the_same_plans_without_the_model(
     assert main(["recommend", str(theirs), "--bpw", "6", "--no-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["key"] == expected[1]
     assert main(["report", str(theirs), "--json"]) == 0
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_expected_before_measuring_is_shared_too(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it, another plan would be recommended from the shared folder than from the study."""
+    damages = {
+        name: {Scheme("codes", bits): (99.0 if name == "vision" else 1.0) / bits for bits in (2, 4, 8)}
+        for name in planted.PARTS
+    }
+    expected.save(study.path, damages, "swing")
+    shared = tmp_path / "shared"
+    assert main(["table", str(study.path), "--share", str(shared)]) == 0
+    assert expected.read(shared) == expected.read(study.path)
+    chosen = []
+    for folder in (study.path, shared):
+        capsys.readouterr()
+        assert main(["recommend", str(folder), "--bpw", "6", "--no-run", "--json"]) == 0
+        chosen.append(json.loads(capsys.readouterr().out)["predicted"])
+    assert chosen[0] == chosen[1]
+    for name in ("plan.json", "plan.md"):
+        (shared / name).unlink()
+    paths.expected_file(study.path).unlink()
+    assert main(["table", str(study.path), "--share", str(shared), "--force"]) == 0
+    assert expected.read(shared) is None, "the study expects nothing any more"
 
 
 def test_the_card_is_one_that_a_hub_reads(study: Study, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.files import discard, write_atomically
 from sensitivity.study import identity
 from sensitivity.study.sharing import table_file
-from sensitivity.study.storage import paths
+from sensitivity.study.storage import expected, paths
 from sensitivity.study.storage.opening import open_storage
 from sensitivity.study.study import Study
 
 CARD = "README.md"  # which a hub shows as the page of the data set
 TRIALS, ANSWERS = "trials.parquet", "answers.parquet"
-OURS = {CARD, TRIALS, ANSWERS, paths.JOURNAL, f"{Path(paths.JOURNAL).stem}.kernel-lock", "queue.kernel-lock"}
+OURS = {CARD, TRIALS, ANSWERS, *paths.FIRST_FILES, paths.expected_file(Path()).name} - {paths.ADDRESS}
 
 
 def check(out: Path, force: bool) -> None:
@@ -40,9 +40,19 @@ def write(study: Study, out: Path, answers: bool) -> int:
     else:
         # answers that an earlier call wrote: this time they are not to be shared
         discard(out / ANSWERS, ours=table_file.is_ours(out / CARD))
+    _share_expected(study, out)
     write_atomically(out / paths.JOURNAL, _journal(study))
     write_atomically(out / CARD, table_file.folder_card(study, out / TRIALS, rows, files).encode("utf-8", "replace"))
     return rows
+
+
+def _share_expected(study: Study, out: Path) -> None:
+    """Write the damages that the study expected before it measured: without them, other plans would be chosen."""
+    shared = paths.expected_file(out)
+    if expected.read(study.path) is None:
+        discard(shared, ours=table_file.is_ours(out / CARD))
+    else:
+        write_atomically(shared, paths.expected_file(study.path).read_bytes())
 
 
 def _journal(study: Study) -> bytes:
