@@ -12,7 +12,7 @@ from scipy.optimize import least_squares
 from scipy.stats import norm
 
 from sensitivity.analysis.surrogate.damage import LEVEL, DamageModel
-from sensitivity.analysis.surrogate.misfit import fit_misfit
+from sensitivity.analysis.surrogate.misfit import cost_of_fit, fit_misfit
 from sensitivity.analysis.surrogate.space import Expected, Space, effective_bits, family
 from sensitivity.analysis.surrogate.surrogate import Surrogate
 from sensitivity.spec import threads
@@ -23,7 +23,7 @@ MIN_STEP = 1e-5  # least expected step, as a share of the largest
 PRIOR = (1.5, 1.0)  # spread of the logarithms of components and of steps around the formula's expectation
 EXPECTED_PRIOR = (0.8, 0.5)  # the same, around expected damages of this model
 LEVELS = np.arange(-8.0, 1.5, 0.5)  # of damage, at which a fit may start
-MAX_ERROR_SHARE = 0.8  # expected damages are dropped if the error without them is below this share of that with them
+DOUBT = 1.0  # expected damages are dropped if scores are likelier without them by this much (a logarithm)
 MIN_IMPROVEMENT = 0.03  # an interaction term stays if it lowers the residual error by at least this share
 
 
@@ -76,8 +76,8 @@ def fit_surrogate(
 
     `noise`: one standard deviation for all scores, or one for each; it is estimated where it is not known. `corrected`:
     with a process for what the formula misses, without which intervals are too narrow. `expected`: damages that are
-    known before any score, up to a factor. Scores correct them, and where a fit without them is clearly closer to the
-    scores, they are not used.
+    known before any score, up to a factor. Scores correct them, and where scores are likelier without them, they are
+    not used: they may be those of another model.
     """
     unit = float(np.max(np.abs(score))) or 1.0  # the prior is for scores of about 1: others (percent) are scaled
     top = (float(np.quantile(score, 0.9)) if full is None else full) / unit
@@ -86,11 +86,26 @@ def fit_surrogate(
         found = _fitted(space, index, score / unit, top, known, pairs, expected)
         if expected is not None:
             plain = _fitted(space, index, score / unit, top, known, pairs, None)
-            if plain.sigma < MAX_ERROR_SHARE * found.sigma:
+            if _cost_of_expecting(found, plain, index, score / unit, top) > DOUBT:
                 found, expected = plain, None
         if not corrected:
             return _in_units(found, unit)
         return _corrected(found, index, score, top * unit, None if known is None else known * unit, unit, expected)
+
+
+def _cost_of_expecting(found: Surrogate, plain: Surrogate, index: Floats, scaled: Floats, top: float) -> float:
+    """By how much less likely scores are with what is expected than without (a logarithm), integrated over theta.
+
+    Errors of fits hardly tell: either has more parameters than there are scores, and follows them.
+    """
+    noise = np.full(len(scaled), min(found.sigma, plain.sigma))
+    of_found, of_plain = (
+        cost_of_fit(
+            one.formula, one.theta, _prior(one.formula, top, expects), one.space.distances(), index, scaled, noise
+        )
+        for one, expects in ((found, True), (plain, False))
+    )
+    return of_found - of_plain
 
 
 def _in_units(model: Surrogate, unit: float) -> Surrogate:

@@ -118,19 +118,9 @@ def fit_misfit(
     index, score, shape = merged(index, score, shape)
     jac = formula.jacobian(theta, index)
     steep = steepness(formula, theta, index)
-    # theta is uncertain as well: to first order, this is one more Gaussian process, with the covariance of its prior
-    loose = (jac * prior[1]) @ (jac * prior[1]).T
     missed = score - formula.predict(theta, index)
-    some = np.random.default_rng(0).permutation(len(score))[:MAX_PLANS]
-    evidence = Evidence(
-        _distances(distances, index[some], index[some]),
-        steep[some],
-        loose[np.ix_(some, some)],
-        (missed + jac @ (theta - prior[0]))[some],
-        shape[some],
-        _prior(max(sigma, MIN_NOISE * unit), noise is not None),
-        noise is not None,
-    )
+    scales = _prior(max(sigma, MIN_NOISE * unit), noise is not None)
+    evidence = Evidence.of(formula, theta, prior, distances, index, score, shape, scales, noise is not None)
     plain, cost_plain = evidence.best(process=False)
     full, cost = evidence.best(process=True)
     corrects = cost_plain - cost > ODDS
@@ -150,6 +140,21 @@ def fit_misfit(
         formula, theta, distances, index, score, full, corrects, typical, evidence.stretch(best, corrects),
         root, inverse @ pulled, shared, factor,
     )  # fmt: skip
+
+
+def cost_of_fit(
+    formula: DamageModel,
+    theta: Floats,
+    prior: tuple[Floats, Floats],
+    distances: tuple[Floats, ...],
+    index: Floats,
+    score: Floats,
+    noise: Floats,
+) -> float:
+    """Minus the logarithm of the likelihood of scores, integrated over the prior of theta around its fit."""
+    index, score, noise = merged(index, score, noise)
+    scales = _prior(float(noise.mean()), True)
+    return Evidence.of(formula, theta, prior, distances, index, score, noise, scales, True).best(process=False)[1]
 
 
 def merged(index: Floats, score: Floats, noise: Floats) -> tuple[Floats, Floats, Floats]:
@@ -178,6 +183,29 @@ class Evidence:
     noise: Floats
     prior: tuple[Floats, Floats]
     known: bool  # whether the noise is known up to a factor
+
+    @classmethod
+    def of(
+        cls,
+        formula: DamageModel,
+        theta: Floats,
+        of_theta: tuple[Floats, Floats],
+        distances: tuple[Floats, ...],
+        index: Floats,
+        score: Floats,
+        noise: Floats,
+        prior: tuple[Floats, Floats],
+        known: bool,
+    ) -> Evidence:
+        """The likelihood of scores around a fitted theta, with its prior's center and spread; of MAX_PLANS at most."""
+        some = np.random.default_rng(0).permutation(len(score))[:MAX_PLANS]
+        index, score = index[some], score[some]
+        jac = formula.jacobian(theta, index)
+        # theta is uncertain as well: to first order, one more Gaussian process, with the covariance of its prior
+        loose = (jac * of_theta[1]) @ (jac * of_theta[1]).T
+        missed = score - formula.predict(theta, index) + jac @ (theta - of_theta[0])
+        steep = steepness(formula, theta, index)
+        return cls(_distances(distances, index, index), steep, loose, missed, noise[some], prior, known)
 
     def best(self, process: bool) -> tuple[Hyperparameters, float]:
         """The most likely hyperparameters, and their cost; without the process, only the noise is fitted."""
