@@ -207,3 +207,18 @@ def test_a_surrogate_that_sees_no_plan_is_an_error_only_where_the_other_sees_non
     assert [c.plan for c in best_of_each(pair, of_the_second, 2)] == [c.plan for c in solve(one, bpw=5, top=2)]
     with pytest.raises(UserError, match="no plan is predicted to keep a"):
         best_of_each(pair[:1], of_the_second, 2)
+
+
+def test_scores_drop_damages_of_the_wrong_parts_and_keep_the_right_ones(tmp_path: Path) -> None:
+    right = transfer_from(study(tmp_path / "s"), WHOLE, SCHEMES)
+    index, truth, draw = SPACE.encode(PLANS), planted.product(BITS), np.random.default_rng(0)
+    dropped = {"right": 0, "wrong": 0}
+    for _ in range(20):
+        some = draw.permutation(len(index))[:12]
+        scores = truth[some] + 0.005 * draw.standard_normal(len(some))
+        alone = fit_surrogate(SPACE, index[some], scores).predict(index)
+        for name, expected in (("right", right), ("wrong", wrong_parts(right))):
+            found = fit_surrogate(SPACE, index[some], scores, expected=expected).predict(index)
+            dropped[name] += int(np.array_equal(found, alone))
+    assert dropped["right"] <= 1
+    assert dropped["wrong"] >= 15
