@@ -59,8 +59,28 @@ def test_studies_are_paired_on_the_examples_that_both_have_seen(pair: tuple[Stud
     a, b = row.paired.compared
     assert b.mean - a.mean == pytest.approx(row.paired.difference.mean), "the scores beside it are of the same examples"
     full = found.rows[0].paired
-    assert full.difference.mean == 0
+    # the same plan of the same model with the same answers has nothing to estimate
+    assert (full.difference.mean, full.difference.low, full.difference.high) == (0, 0, 0)
     assert full.words.startswith("No difference is shown")
+
+
+def test_the_same_plan_differs_from_itself_where_an_answer_or_the_model_is_another(tmp_path: Path) -> None:
+    """Other words with the same score could be another score on examples that were not seen."""
+
+    def reworded(plan: Plan, example: Example) -> str:
+        return example.answers[0].upper()
+
+    first, again = (
+        answered.study(tmp_path / name, [task("vqa", n=30)], given, ["vqa"], n=30, plans=[NATIVE])
+        for name, given in (("first", lambda plan, example: example.answers[0]), ("again", reworded))
+    )
+    rows = first.examples(NATIVE), again.examples(NATIVE)
+    assert rows[0] is not None
+    assert rows[1] is not None
+    assert rows[0]["score"].equals(rows[1]["score"])
+    assert not rows[0]["answer"].equals(rows[1]["answer"])
+    found = compare_sides(side(str(first.path)), side(str(again.path))).rows[0].paired.difference
+    assert found.low < found.mean == 0 < found.high
 
 
 def test_what_budgets_show_is_said(pair: tuple[Study, Study]) -> None:

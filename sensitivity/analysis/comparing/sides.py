@@ -134,10 +134,15 @@ class Pairing:
     def __init__(self, a: Study, b: Study) -> None:
         self.a, self.b = a, b
         self.same_study = a.path.resolve() == b.path.resolve()
+        model = [(study.meta.get("fingerprint"), study.meta.get("dtype")) for study in (a, b)]
+        self.same_model = self.same_study or (model[0] == model[1] and model[0][0] is not None)
         self._asked: tuple[Questions, Questions] | None = None
 
     def paired(self, a: pd.DataFrame, b: pd.DataFrame, task: str, *, itself: bool = False) -> Paired:
-        """Both sides' scores on a task, and their difference; `itself`: both are the same answers of one plan."""
+        """Both sides' scores on a task, and their difference; `itself`: they are of one plan of one model.
+
+        Where that has given the same answers twice, there is no difference to estimate.
+        """
         ours, theirs = a[a["task"] == task], b[b["task"] == task]
         both = ours.merge(theirs, on="example", suffixes=("_a", ""))
         both = both[[self.is_same(task, str(name)) for name in both["example"]]] if not self.same_study else both
@@ -145,7 +150,8 @@ class Pairing:
         if not len(both):
             return Paired(task, *means, independent_difference(*means), None, 0, 0)
         on_shared = summarize(both["score_a"], both["cluster"]), summarize(both["score"], both["cluster"])
-        difference = paired_difference(both["score"], both["score_a"], both["cluster"], itself=itself)
+        same = itself and all(both[f"{column}_a"].equals(both[column]) for column in ("score", "answer"))
+        difference = paired_difference(both["score"], both["score_a"], both["cluster"], itself=same)
         worse, better = (both["score"] < both["score_a"]).sum(), (both["score"] > both["score_a"]).sum()
         return Paired(task, *means, difference, on_shared, int(worse), int(better))
 
