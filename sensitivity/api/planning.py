@@ -212,7 +212,7 @@ def warn_if_scores_misjudge(study: Study, request: PlanRequest, trials: int) -> 
     kept = kept_shares(study, request, knapsack)
     lost = [(bpw, max(one.values())) for bpw, one in zip(request.bpw, kept, strict=True) if one]
     if lost := [(bpw, share) for bpw, share in lost if share < ENOUGH]:
-        which = ", ".join(f"{share:.0%} at {bpw:g} bpw" for bpw, share in lost)
+        which = ", ".join(f"{100 * share:.0f} % at {bpw:g} bpw" for bpw, share in lost)
         further = f"--trials {MORE}"
         if ran >= MORE:
             further = f"`sensitivity sweep` with the same --out, --by and --n {study.meta['n']}"

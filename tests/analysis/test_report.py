@@ -185,11 +185,29 @@ def test_the_curves_are_held_against_full_precision() -> None:
         a={2: 0.4, 4: 0.92, 8: 0.95}, b={2: 0.53, 3: 0.53, 8: 0.58}, c={3: 0.95, 4: 0.5, 8: 0.96},
         d={2: 0.3, 4: 0.95, 8: 0.5},
     )  # fmt: skip
-    told = sentences.by_bits_alt(drawn, "vqa", 0.975)
+    told = sentences.by_bits_alt(drawn, "vqa", 0.975, alone=True)
     assert "90 % of full precision's 0.975: a down to 4 bits; b at no width (0.58 at best); c only at 3 and 8" in told
     assert "d only at 4 bits" in told
-    assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", None)
-    assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", 0.0)
+    assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", None, alone=True)
+    assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", 0.0, alone=True)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_bad_widths_of_other_parts_are_not_held_against_a_part(tmp_path: Path) -> None:
+    """Of averages over the others, the best plan with each width counts; and few plans say nothing."""
+
+    def weak_language(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(0.9 - 0.8 * (bits[:, 2] <= 4))
+
+    def told(study: Study) -> str:
+        return next(one.alt for one in figures_of_task(study.table(), observations_of(study), None, 0.9)
+                    if one.name == "by-bits")  # fmt: skip
+
+    made = planted.study(tmp_path / "grid", {"vqa": weak_language}, levels=(3, 4, 8))
+    kept = "connector down to 3 bits; language down to 8 bits; vision down to 3 bits."
+    assert told(made).endswith(f"Widths at which the best plan keeps 90 % of full precision's 0.9: {kept}")
+    few = planted.study(tmp_path / "few", {"vqa": weak_language}, rows=planted.grid((3, 4, 8))[:20:4])
+    assert "90 %" not in told(few)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -215,7 +233,7 @@ def test_parts_quantized_one_at_a_time_are_not_averaged_over_plans_that_quantize
 def test_no_advice_comes_from_a_ranking_that_explains_nothing(study: Study, tmp_path: Path) -> None:
     found = rank(study, bootstraps=2)
     unsure = {"weak": replace(found, r2=0.07), "wide": replace(found, table=found.table.assign(**{"consensus.low": 0}))}
-    for name, why in (("weak", "explains only 7% of the variance"), ("wide", "cannot be told from nothing")):
+    for name, why in (("weak", "explains only 7 % of the variance"), ("wide", "cannot be told from nothing")):
         text = report(study, tmp_path / name, rankings={"vqa": unsure[name]}).read_text()
         assert "For vqa, it cannot be said yet on which part to spend bits" in text
         assert why in text
@@ -229,6 +247,16 @@ def test_estimators_are_called_what_the_tables_call_them(study: Study) -> None:
     tau = found.tau.copy()
     tau.loc["shap", "fanova"] = tau.loc["fanova", "shap"] = -0.5
     assert "differ most between SHAP and fANOVA" in sentences.agreement(replace(found, tau=tau))
+
+
+def test_a_tie_is_no_order(study: Study) -> None:
+    found = rank(study, bootstraps=2)
+    same = replace(found, tau=found.tau * 0 + 1.0)
+    assert sentences.agreement(same) == "All estimators put the parts in the same order."
+    table, tau = found.table.assign(ped_anova=50.0), same.tau.copy()
+    tau.loc["ped_anova"] = tau["ped_anova"] = float("nan")  # equal shares have no order to correlate
+    said = "All estimators put the parts in the same order, except that PED-ANOVA gives some the same share."
+    assert sentences.agreement(replace(found, table=table, tau=tau)) == said
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -107,7 +107,9 @@ def floor_in_words(task: str, share: float, kept: Score, full: float) -> str:
     if kept.mean >= share:
         return ""
     how = "is missed" if kept.high < share else "is missed on these examples, within their noise"
-    interval = f"{kept.mean:.1%} [{kept.low:.1%}, {kept.high:.1%}] of full precision's {full:.3f}"
+    interval = (
+        f"{100 * kept.mean:.1f} % [{100 * kept.low:.1f} %, {100 * kept.high:.1f} %] of full precision's {full:.3f}"
+    )
     return f" The floor of {share:.4g} on {task} {how}: {interval}, {count(kept.n, 'paired example')}."
 
 

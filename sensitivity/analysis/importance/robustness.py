@@ -36,7 +36,9 @@ def near_operating_point(observations: Observations, share: float) -> Observatio
     forest = RandomForestRegressor(estimators.TREES, oob_score=True, random_state=0)
     kept = observations.where(_expected(forest, observations) >= share * observations.full)
     if len(kept) < 8:
-        raise UserError(f"only {count(len(kept), 'trial')} within {share:.0%} of full precision: too few to rank")
+        raise UserError(
+            f"only {count(len(kept), 'trial')} within {100 * share:.0f} % of full precision: too few to rank"
+        )
     return kept
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.importance import robustness
-from sensitivity.analysis.importance.ranking import rank_correlations
+from sensitivity.analysis.importance.ranking import MIN_TRIALS, rank_correlations
 from sensitivity.analysis.importance.types import TITLES, Ranking
 from sensitivity.spec.errors import shell_word
 from sensitivity.spec.sizes import bytes_in_words
@@ -96,7 +96,7 @@ def _doubt(ranking: Ranking) -> str:
     if ranking.r2 < robustness.TRUSTED_R2:
         return (
             f"the forest behind the ranking, of {count(ranking.trials, 'trial')}, explains only "
-            f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen"
+            f"{100 * max(ranking.r2, 0):.0f} % of the variance of plans it has not seen"
         )
     first = ranking.table.iloc[0]
     if first.get("consensus.low", 1) <= 0:
@@ -139,8 +139,8 @@ def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Seque
     for ranking in ranked:
         lines.append(
             f"The ranking for {ranking.task} rests on {count(ranking.trials, 'trial')}; the forest explains "
-            f"{max(ranking.r2, 0):.0%} of the variance of plans it has not seen, a straight line "
-            f"{max(ranking.linear_r2, 0):.0%} of those it has."
+            f"{100 * max(ranking.r2, 0):.0f} % of the variance of plans it has not seen, a straight line "
+            f"{100 * max(ranking.linear_r2, 0):.0f} % of those it has."
         )
         if ranking.no_intervals:
             lines.append(f"{ranking.no_intervals}.")
@@ -199,7 +199,10 @@ def agreement(ranking: Ranking) -> str:
         return ""
     tau, *two = min(pairs)
     if tau > 0.999:
-        return "All estimators put the parts in the same order."
+        # as they are shown: a tie is no order
+        tied = [TITLES.get(name, name) for name in ranking.tau.index if ranking.table[name].round(1).duplicated().any()]
+        but = f", except that {' and '.join(tied)} {'give' if len(tied) > 1 else 'gives'} some the same share"
+        return f"All estimators put the parts in the same order{but if tied else ''}."
     a, b = (TITLES.get(name, name) for name in two)
     return f"The estimators differ most between {a} and {b}: Kendall's tau of their orders is {tau:.2f} (1: the same)."
 
@@ -216,17 +219,18 @@ WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of 
 
 
 def by_bits_alt(means: pd.DataFrame, task: str, full: float | None, alone: bool = False) -> str:
-    """The text alternative of the curves: at which widths of each component the mean keeps 90 % of full precision.
+    """The text alternative of the curves: down to which widths of each component 90 % of full precision is kept.
 
-    `alone`: the others stayed native; else the curves are averages over what the others had.
+    `alone`: the others stayed native, and the mean itself must keep it. Else it is an average over what the others had,
+    bad widths included, which says nothing of the part: then the best plan with each width must.
     """
     others = "while all others stay at native precision" if alone else "averaged over the others"
     drawn = f"Lines of the mean {task} over the bits of each part, {others}"
-    if full is None or full <= 0:
+    if full is None or full <= 0 or (not alone and means.groupby("part")["count"].sum().max() < MIN_TRIALS):
         return f"{drawn}."
     parts = []
     for part, rows in means.groupby("part", sort=False):
-        curve = rows.set_index("bits")["mean"].sort_index(ascending=False)
+        curve = rows.set_index("bits")["mean" if alone else "best"].sort_index(ascending=False)
         high = curve >= 0.9 * full
         unbroken = curve.index[high.cummin()]
         if len(unbroken) == high.sum() > 0:
@@ -235,7 +239,8 @@ def by_bits_alt(means: pd.DataFrame, task: str, full: float | None, alone: bool 
             parts.append(f"{part} only at {' and '.join(f'{bits:g}' for bits in sorted(curve.index[high]))} bits")
         else:
             parts.append(f"{part} at no width ({curve.max():.3g} at best)")
-    return f"{drawn}. Where they keep 90 % of full precision's {full:.3g}: {'; '.join(parts)}."
+    where = "Where they keep" if alone else "Widths at which the best plan keeps"
+    return f"{drawn}. {where} 90 % of full precision's {full:.3g}: {'; '.join(parts)}."
 
 
 def levels_alt(ranking: Ranking) -> str:
@@ -265,5 +270,5 @@ def calibration_alt(checked: pd.DataFrame) -> str:
     error = (checked["measured"] - checked["expected"]).abs().median()
     return (
         f"Predicted against measured scores of plans that the surrogate had not seen (five folds): median error "
-        f"{error:.3f}; {inside:.0%} of the measured scores lie within the predicted 95 % interval."
+        f"{error:.3f}; {100 * inside:.0f} % of the measured scores lie within the predicted 95 % interval."
     )

@@ -104,9 +104,9 @@ def _by_bits(table: pd.DataFrame, task: str, names: Sequence[str], full: float |
 
 
 def _means(table: pd.DataFrame, task: str, names: Sequence[str]) -> pd.DataFrame:
-    """The mean score of each part at each of its widths, and of how many plans."""
+    """The mean score of each part at each of its widths, of how many plans, and the best of them."""
     rows = table.melt(id_vars=[task], value_vars=list(names), var_name="part", value_name="bits")
-    return rows.groupby(["part", "bits"], as_index=False)[task].agg(["mean", "count"])
+    return rows.groupby(["part", "bits"])[task].agg(mean="mean", count="count", best="max").reset_index()
 
 
 def _of_pairs(table: pd.DataFrame, task: str, names: Sequence[str], ranking: Ranking) -> list[Drawn]:
