@@ -15,13 +15,13 @@ def plan_of_model(study: Study, plan: Plan, model: VLM | str | None, format: str
     """The components of the model, and the plan for them; those that the table does not name stay native."""
     if format == "plan":
         raise UserError(
-            f"{study.path} was imported from a table, and its plan is a file, `--out plan.json`; other formats are "
-            "folders, for which --model names the model"
+            f"{study.path} was imported from a table and holds no weights. To write the plan alone, name a file: --out "
+            "plan.json. To write weights, name a --format other than plan, and the model: --model MODEL"
         )
     if model is None:
         raise UserError(
-            f"{study.path} was imported from a table, which holds no weights: name the model that it is about, --model "
-            "MODEL"
+            f"{study.path} was imported from a table and holds no weights: name the model that the table is about, "
+            "--model MODEL"
         )
     for scheme in plan.distinct_schemes:
         if scheme.method not in METHODS or needs_data(scheme):

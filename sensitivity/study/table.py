@@ -41,6 +41,7 @@ def row(
         **trial.plan.bits(NATIVE),
         **trial.plan.rounded_bits(),
         **(trial.size or {}),
+        **({} if parts.sized else {"bytes": np.nan}),  # of components whose sizes are not known, only widths are
         "seconds": np.nan if trial.seconds is None else trial.seconds,
         **({"not_finite": trial.not_finite} if trial.not_finite else {}),
     }

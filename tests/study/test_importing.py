@@ -19,6 +19,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.importing.columns import Switches
 from sensitivity.study.importing.imported_study import import_table
+from sensitivity.study.sharing.tidy import trials
 from sensitivity.study.study import Study
 
 COLUMNS = {"v": "vision", "c": "connector", "l": "language"}
@@ -159,9 +160,34 @@ ROWS = "v,c,l,cider\n" + "".join(f"{v},{c},{w},{v + w}\n" for v in (2, 4, 8) for
         (ROWS.replace("2,4,2,4", "2,4,2,high"), ["error: column 'cider' holds 'high' in row 1, not a number"]),
         (ROWS.replace("2,4,2,4", "17,4,2,4"), ["error: vision has 17 bits in row 1; bits are whole numbers"]),
         (ROWS.replace(",", ";"), ["error:", "separates its columns by ';'; save it with commas"]),
+        (ROWS.replace(",", ";").replace("2;4;2;4", "2;4;2;0,4"), ["error:", "separates its columns by ';'"]),
+        (
+            ROWS.replace("2,4,2,4", "2,4,2,56.8%"),
+            ["error:", "holds '56.8%' in row 1, not a number; write 56.8, in percent in"],
+        ),
+        (
+            ROWS.replace("2,4,2,4", '2,4,2,"0,568"'),
+            ["error:", "holds '0,568' in row 1, not a number; write 0.568, with a d"],
+        ),
+        (ROWS.replace("2,4,2,4", "2,4,2,0.3"), ["18 of 18", "cider is 0.3 in some rows and 4 in others, as if frac"]),
         ("", ["error:", "is not a table with commas and a header"]),
     ],
-    ids=["good", "missing", "no score", "twice", "constant", "one", "text", "too wide", "semicolons", "empty"],
+    ids=[
+        "good",
+        "missing",
+        "no score",
+        "twice",
+        "constant",
+        "one",
+        "text",
+        "too wide",
+        "semicolons",
+        "semicolons and decimal commas",
+        "percent",
+        "decimal comma",
+        "mixed",
+        "empty",
+    ],
 )
 def test_what_a_user_reads(tmp_path: Path, text: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "table.csv").write_text(text)
@@ -197,6 +223,13 @@ def test_what_a_user_reads(tmp_path: Path, text: str, words: list[str], capsys: 
 def test_wishes_that_cannot_be_met(imported: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(line.replace("RUN", str(imported)).split()) == 2
     assert words in capsys.readouterr().err
+
+
+def test_without_sizes_there_are_no_bytes_and_no_gain_for_each_of_them(imported: Path) -> None:
+    study = Study(imported)
+    assert study.table()["bytes"].isna().all()
+    assert trials(study)["bytes"].isna().all()
+    assert rank(study, bootstraps=0, thorough=False).table["gain_per_mb"].isna().all()
 
 
 def test_limits_from_the_command_line(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,12 +314,10 @@ def test_an_export_of_an_imported_table_asks_for_the_model(tmp_path: Path, capsy
     study = import_table(frame, tmp_path / "run", ["cider"], parts=COLUMNS, method="rtn").study
     line = ["export", str(study.path), "--bpw", "4", "--out", str(out)]
     assert cli.main([*line, "--format", "fake"]) == 2
-    assert "which holds no weights: name the model that it is about, --model MODEL" in capsys.readouterr().err
+    assert "and holds no weights: name the model that the table is about, --model MODEL" in capsys.readouterr().err
     assert cli.main(line) == 2
-    assert (
-        "its plan is a file, `--out plan.json`; other formats are folders, for which --model names"
-        in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "To write the plan alone, name a file: --out plan.json. To write weights, name a --format other" in told
     model = ["--format", "fake", "--model", "embedded:scenes-llava"]
     assert cli.main([*line, *model]) == 0
     known = json.loads((out / "sensitivity.json").read_text())

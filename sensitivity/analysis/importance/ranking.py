@@ -246,7 +246,7 @@ def interval(point: Floats, drawn: Floats, chance: Floats) -> tuple[Floats, Floa
 def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, columns: Sequence[str]) -> pd.DataFrame:
     """Predicted gain in score from a component's lowest to its highest width, others as in the trials; and per MB.
 
-    The widths of activations and caches store nothing, so they have no gain per MB.
+    The widths of activations and caches store nothing, so they have no gain per MB; nor have parts of unknown size.
     """
     rows = []
     some = fitted.x[:: 1 + len(fitted.x) // 500]  # some hundred trials are enough for a mean
@@ -256,7 +256,8 @@ def _gains(fitted: Fitted, names: Sequence[str], parts: ComponentMap | None, col
             low[:, column], high[:, column] = fitted.x[:, column].min(), fitted.x[:, column].max()
         gain = float(np.mean(fitted.forest.predict(high) - fitted.forest.predict(low)))
         widths = {columns[c]: float(np.ptp(fitted.x[:, c])) for c in group}
-        stored = {} if parts is None else {name: bits for name, bits in widths.items() if name in parts.names}
-        megabytes = sum(codes_in_mb(parts, name, bits) for name, bits in stored.items()) if parts else math.nan
+        megabytes = math.nan
+        if parts is not None and parts.sized:
+            megabytes = sum(codes_in_mb(parts, name, bits) for name, bits in widths.items() if name in parts.names)
         rows.append({"gain": gain, "gain_per_mb": gain / megabytes if megabytes else math.nan})
     return pd.DataFrame(rows, index=pd.Index(names, name="component"))

@@ -47,6 +47,10 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = next(csv.reader(file), [])
+        if len(header) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header[0]), None)):
+            raise UserError(
+                f"{path} separates its columns by {other!r}; save it with commas, and with points in its numbers"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.DtypeWarning)  # `numbers_of` reports text with its row
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a row that is longer than the header
@@ -59,8 +63,6 @@ def read_table(path: Path) -> pd.DataFrame:
         raise UserError(
             f"{path} is not a table with commas and a header, in which each row has as many fields as the header"
         ) from error
-    if len(header) == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header[0]), None)):
-        raise UserError(f"{path} separates its columns by {other!r}; save it with commas")
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise UserError(f"the table has two columns named '{twice[0]}'; rename or delete one")
     if not len(table):
@@ -94,6 +96,19 @@ def check_scores(scores: pd.DataFrame) -> None:
         if len(wrong := column[column.abs() > LARGEST_SCORE]):
             row = int(wrong.index[0]) + 1
             raise UserError(f"{name} is {wrong.iloc[0]:g} in row {row}; a score is at most {LARGEST_SCORE:,.0f}")
+
+
+def mixed_scales(scores: pd.DataFrame) -> list[str]:
+    """Notes on columns of scores in which some rows seem to be in percent and others fractions."""
+    notes = []
+    for name, column in scores.items():
+        fractions, larger = column[(column > 0) & (column <= 1)], column[column > 1]
+        if len(fractions) and len(larger) and 10 * fractions.max() < larger.min() <= 100 * fractions.max():
+            notes.append(
+                f"{name} is {fractions.max():g} in some rows and {larger.min():g} in others, as if fractions and "
+                "percent were mixed; write all in one of them"
+            )
+    return notes
 
 
 def _check_present(table: pd.DataFrame, columns: Sequence[str]) -> None:

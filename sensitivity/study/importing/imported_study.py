@@ -95,7 +95,7 @@ def _usable_rows(
         raise UserError(f"no row of {path} has all bits and scores")
     columns.check_bits(bits[whole])
     columns.check_scores(values[whole])
-    return bits[whole], values[whole], [*notes, *columns.remarks(bits[whole])]
+    return bits[whole], values[whole], [*notes, *columns.remarks(bits[whole]), *columns.mixed_scales(values[whole])]
 
 
 def _check_free(out: Path) -> None:

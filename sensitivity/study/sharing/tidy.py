@@ -29,7 +29,7 @@ MEANINGS = {
     "native": "whether nothing is quantized",
     "complete": "whether the plan has seen all examples",
     "bits.NAME": "bits of a component, or of its NAME.activations or NAME.cache; 16 is native precision",
-    "bytes": "bytes of all that is stored",
+    "bytes": "bytes of all that is stored; empty where the sizes of the components are not known",
     "bpw": "bits per weight, counting all that is stored",
     "bpw_codes": "bits per weight of codes alone, the convention of papers",
     "cache_bits": "bits of all keys and values of one token, where the plan rounds some",
