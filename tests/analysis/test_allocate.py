@@ -233,6 +233,12 @@ def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
         solve(two_tasks, bpw=4, tied=[["visoin", "language"]])
 
 
+def test_a_study_that_has_measured_nothing_yet_says_how_to_go_on(tmp_path: Path) -> None:
+    made = Study.create(tmp_path, planted.parts(), ["vqa"], {"model": "planted"})
+    with pytest.raises(UserError, match=r"has no measured plan yet, .*: run the command that made it again"):
+        solve(made, bpw=4.0)
+
+
 # -- verdicts -------------------------------------------------------------------------------------------------------
 
 
@@ -376,7 +382,7 @@ def test_a_floor_is_checked_on_what_was_measured(two_tasks: Study) -> None:
     found = judge(two_tasks, candidates, None, frames, floors={"grounding": 1.0})
     assert found.plan.key == first  # none keeps it
     assert (
-        "The floor of 1 on grounding is missed: 87.5% [82.3%, 92.7%] of full precision's 0.800, 200 paired examples."
+        "The floor of 1 on grounding is missed: 87.5 % [82.3 %, 92.7 %] of full precision's 0.800, 200 paired examples."
         in found.words
     )
     noisy = pd.concat([frame(0.9), frame(0.78, n=200, noise=0.4, seed=1).assign(task="grounding")])

@@ -84,7 +84,10 @@ def test_fewer_examples_decide_than_verify(
 
 
 def test_time_is_limited_and_there_is_a_plan_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found, _ = run(capsys, f"{PLAN} --out {folder / 'short'} --minutes 0.001")
+    line = f"{PLAN} --out {folder / 'short'} --minutes 0.001"
+    assert cli.main(line.replace(" --json", "").split()) == 0
+    assert f"\n1 plan was measured in {folder / 'short'}\n" in capsys.readouterr().out
+    found, _ = run(capsys, line)
     assert found["plans_measured"] == 1  # full precision alone
     assert found["measured"]["n"] == 12
     assert found["fresh_examples"]

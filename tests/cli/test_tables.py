@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pandas as pd
 import planted
 import pytest
+import torch
 from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.judging import judge, unmeasured
+from sensitivity.api.explaining import Explanation
+from sensitivity.cli.output.explained_tables import print_explanation
 from sensitivity.cli.output.tables import LONG_WORD, print_recommendation, print_table
 
 HEADS = ("what", "score", "difference", "plan")
@@ -77,5 +82,32 @@ def test_of_two_tasks_full_precision_stands_beside_each_in_the_order_of_the_requ
         line.startswith("  best uniform plan within the budget: ") and ", share of full precision 0.29" in line
         for line in said
     )
-    print_recommendation(unmeasured(made, [best], weights))
+    only_predicted = unmeasured(made, [best], weights)
+    print(only_predicted)
+    assert len(shown := capsys.readouterr().out) < 400  # a notebook shows it where a cell ends
+    assert shown.startswith(f"<Recommendation for 5 bpw: {best.plan.describe()}, ")
+    print_recommendation(only_predicted)
     assert "  predicted share of full precision in 0.5 vqa + 0.5 ground " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("vision", "said"), [(4.0, "100.0 in all"), (3.6, "100.0 in all; -10.0 more is of vision")])
+def test_a_rest_of_vision_is_named_only_where_there_is_one(
+    vision: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class token can lower the loss that patches raise."""
+    blame = SimpleNamespace(
+        components={"vision": 4.0}, modalities={"vision": vision}, regions={0: torch.ones(2, 2, dtype=torch.double)}
+    )
+    found = SimpleNamespace(
+        plan=planted.plan(planted.PARTS, [4] * 3),
+        integral=SimpleNamespace(before=0.0, after=4.0, change=4.0, passes=3, missing=0.0),
+        blame=blame,
+        examples=("one",),
+        of_failures=False,
+        data=[{"task": "vqa"}],
+        boxes={},
+    )
+    print_explanation(cast(Explanation, found))
+    title = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Share by place"))
+    assert said in title
+    assert ("no patches" in title) == (vision != 4.0)

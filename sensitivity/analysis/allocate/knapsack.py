@@ -80,6 +80,11 @@ class Knapsack:
         expecting: whether surrogates start from the expected damages; if not, they know what was measured alone.
         """
         expected = read_expected(study.path)
+        if not study.measured():
+            raise UserError(
+                f"{study.path} has no measured plan yet, from which one for a budget could be chosen: run the command "
+                "that made it again, which goes on where it stopped"
+            )
         space = Space.of([trial.plan for trial in study.measured()], expected)
         models, bounded = {}, set()
         for task in tasks:

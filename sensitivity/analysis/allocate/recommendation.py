@@ -60,7 +60,7 @@ class RecommendationJson(TypedDict):
     provenance: Provenance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recommendation:
     """The plan to use for a budget: its predicted and measured score, and the plans that it was preferred to.
 
@@ -81,6 +81,13 @@ class Recommendation:
     provenance: Provenance = field(default_factory=Provenance)
     by_task: Mapping[str, Score] = field(default_factory=dict)  # measured, each on its own scale
     full_by_task: Mapping[str, Score] = field(default_factory=dict)  # full precision, on the same examples
+
+    def __repr__(self) -> str:
+        """The plan with its size, its score and the verdict: all fields would fill pages."""
+        expected = self.predicted
+        score = f"measured {self.measured}" if self.measured else f"predicted {expected.score:.3f}"
+        what = f"{self.plan.describe()}, {self.size.bpw:.2f} bpw, {self.task} {score}"
+        return f"<Recommendation for {self.budget:.4g} bpw: {what}. {self.words}>"
 
     @property
     def task(self) -> str:

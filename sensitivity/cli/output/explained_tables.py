@@ -110,9 +110,11 @@ def _places(explained: Explanation) -> None:
     if len({grid.shape for grid in grids}) != 1:
         return
     mean = sum(grids[1:], start=grids[0])
+    in_all = float(mean.sum())
+    other = _percent(explained.blame.modalities["vision"] - in_all, change)
+    more = f"; {other} more is of vision tokens that are no patches" if other.strip("-") != "0.0" else ""
     print_table(
-        "Share by place in the image (row and column of patches), in percent: "
-        f"{_percent(float(mean.sum()), change)} in all; the rest of vision is of tokens that are no patches",
+        f"Share by place in the image (row and column of patches), in percent: {_percent(in_all, change)} in all{more}",
         ("row", *(str(column) for column in range(1, mean.shape[1] + 1))),
         [(str(number), *(_percent(float(value), change) for value in row)) for number, row in enumerate(mean, start=1)],
     )

@@ -150,6 +150,7 @@ def _verified(
     from sensitivity.analysis.allocate.kept_recommendation import save
     from sensitivity.api.exporting import write_cards
     from sensitivity.api.recommending import begin_recommendation
+    from sensitivity.study.counting import count
     from sensitivity.study.storage.paths import card_file
 
     recommendations, steps = begin_recommendation(
@@ -162,7 +163,7 @@ def _verified(
     measured = len(study.trials())
     if not args.json:
         print_score_costs(scoring.scores)
-        print(f"{measured} plans were measured in {args.out}")
+        print(f"{count(measured, 'plan')} {'was' if measured == 1 else 'were'} measured in {args.out}")
         for one, file in zip(best, files, strict=True):
             print_recommendation(one)
             print(f"  plan: {file}; its model card: {card_file(file)}")
