@@ -29,6 +29,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.threads import free_memory
 from sensitivity.study.examples import questions
+from sensitivity.study.identity import another_study
 from sensitivity.study.stopping import Until
 from sensitivity.study.storage.location import reachable_database
 from sensitivity.study.storage.paths import is_study
@@ -145,7 +146,7 @@ def keys_of_measured(out: Path | str, tasks: Sequence[str], n: int, seed: int) -
     study = Study(out)
     for name, wanted in (("tasks", list(tasks)), ("n", n), ("seed", seed)):
         if (there := study.meta.get(name)) != wanted:
-            raise UserError(f"{out} holds another study ({name}: there {there}, here {wanted}); choose another --out")
+            raise another_study(study.path, f"{name}: there {there}, here {wanted}")
     return list(dict.fromkeys(trial.key for trial in study.trials()))
 
 

@@ -78,10 +78,17 @@ def store_or_compare(
             if stored is None:
                 study.set_user_attr(name, value)
             elif stored != value:
-                why = _first_difference(name, stored, value)
-                raise UserError(f"{path} holds another study ({why}); choose another --out")
+                raise another_study(path, _first_difference(name, stored, value))
         if runtime not in (None, study.user_attrs.get(RUNTIME)):
             study.set_user_attr(RUNTIME, runtime)
+
+
+def another_study(path: Path, why: str) -> UserError:
+    """The error for a folder that holds a study of something else."""
+    hint = ""
+    if why.startswith("n: ") and paths.expected_file(path).exists():  # n may not be what was typed
+        hint = "; `sensitivity plan` searches on fewer examples than its --n, where that is above 100"
+    return UserError(f"{path} holds another study ({why}{hint}); choose another --out")
 
 
 def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:

@@ -48,7 +48,7 @@ class Study:
         address = location.address(self.path)
         storage = storage or address
         if storage is None and not (self.path / paths.JOURNAL).exists():
-            remedy = f"`sensitivity sweep MODEL --out {shell_word(self.path)}` makes one"
+            remedy = f"`sensitivity sweep MODEL --out {shell_word(self.path)}` makes one, and so does `plan`"
             raise UserError(f"no study at {self.path}; {remedy}")
         self._storage = open_storage(storage or self.path / paths.JOURNAL, wait=address is not None)
         self._optuna, about = identity.load(self.path, self._storage)

@@ -77,6 +77,11 @@ def test_fewer_examples_decide_than_verify(
     line = PLAN.replace("--bpw 4,3", "--bpw 4").replace("--trials 6", "--trials 2 --top 1")
     found, _ = run(capsys, f"{line} --out {folder / 'few'}")
     assert Study(folder / "few").meta["n"] == 3
+    sweep = f"sweep {MODEL} --by part --method rtn --bits 2,3 --n 12 --trials 2 --search frontier"
+    for more in ("--dry-run", "--json"):
+        assert cli.main([*sweep.split(), "--out", str(folder / "few"), more]) == 2
+        told = "n: there 3, here 12; `sensitivity plan` searches on fewer examples than its --n"
+        assert told in capsys.readouterr().err
     assert found["measured"]["n"] == 12
     assert found["fresh_examples"]
     again, _ = run(capsys, f"recommend {folder / 'few'} --bpw 4 --top 1 --json")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import planted
@@ -88,6 +89,26 @@ def test_it_ends_where_the_sweep_was_killed_between_two_plans(
     assert time.monotonic() - began > 2.5
     out = capsys.readouterr().out
     assert "1 plans done, 0 running, 2 waiting; no process is known to work on them; the command that" in out
+
+
+def test_it_waits_for_a_study_that_is_not_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep makes its folder only once its model is loaded; a single look does not wait."""
+    run = tmp_path / "run"
+
+    def begin() -> None:
+        time.sleep(0.3)
+        planted.study(run, {"cider": planted.product}, levels=(4, 16))
+
+    with ThreadPoolExecutor() as beside:
+        begun = beside.submit(begin)
+        assert main(["watch", str(run)]) == 0
+        begun.result()
+    out, err = capsys.readouterr()
+    assert f"no study at {run} yet: waiting until one is begun" in err
+    assert "8 plans done" in out
+    assert main(["watch", str(tmp_path / "other"), "--once"]) == 2
+    assert "makes one, and so does `plan`" in capsys.readouterr().err
+    assert main(["watch", str(tmp_path)]) == 2, "no study can be begun among other files"
 
 
 def test_one_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,8 +65,9 @@ class Forecast:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """A table's rows: the resource, its amount, and what this is the sum of."""
-        total = _span(sum(self.seconds.values()))
-        lines = [("time", f"{total} (at most {_span(self.slowest)})", _summed(self.seconds, _span))]
+        total, slowest = _span(sum(self.seconds.values())), _span(self.slowest)
+        span = total if slowest == total else f"{total} (at most {slowest})"
+        lines = [("time", span, _summed(self.seconds, _span))]
         for name in ("disk", "host", "device"):
             amounts = getattr(self, name)
             if amounts:

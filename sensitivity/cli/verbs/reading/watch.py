@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 ABOUT = "show the state of a sweep in other processes until it is over; stopping this does not stop the sweep"
 EXAMPLE = "sensitivity watch runs/first"
+BEGINNING = 0.5  # seconds between looks for a study that is not there yet
 LOADING = 60.0  # seconds that plans may wait while no process is known: one that will run them may still be loading
 
 
@@ -25,13 +27,19 @@ def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.add_study(p)
     p.add_argument("--every", type=values.pause, default=5, metavar="S", help="seconds between updates (default: 5)")
-    p.add_argument("--once", action="store_true", help="print the state once and end; so does --json")
+    p.add_argument(
+        "--once",
+        action="store_true",
+        help="print the state once and end, as --json does; neither waits for a study that is not there yet",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Look at the study again and again, until nothing waits or runs, or what ran it has ended."""
     from sensitivity.study.study import Study
 
+    if not (args.once or args.json):
+        _wait_for(args.study)
     study = Study(args.study)
     if not (args.once or args.json):
         _follow(study, args.every)
@@ -41,6 +49,18 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if study.measured():
             print_frontier(study)
     return {"study": str(args.study), **counts, "frontier": points(study)}
+
+
+def _wait_for(path: Path) -> None:
+    """Wait for the study of a process that still loads its model; not where none can be begun, beside other files."""
+    from sensitivity.study.storage.paths import is_study, strangers
+
+    if is_study(path) or path.is_file() or strangers(path):
+        return
+    print(f"no study at {path} yet: waiting until one is begun; Ctrl-C ends this", file=sys.stderr, flush=True)
+    while not is_study(path):
+        time.sleep(BEGINNING)
+    time.sleep(BEGINNING)  # until its first lines are written, too
 
 
 def _follow(study: Study, every: int) -> None:
