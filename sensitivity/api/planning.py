@@ -14,7 +14,7 @@ import numpy as np
 from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import Candidate, mean_share
 from sensitivity.analysis.allocate.by_scores import combined, met_budgets, optimum
-from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
+from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed, recommended
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.request import PlanRequest
@@ -37,6 +37,7 @@ from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study.storage import expected
+from sensitivity.study.storage.paths import is_study
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 
@@ -268,6 +269,15 @@ def meetable(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanReques
     allow, tie = allowed_and_tied(parts, request)
     met, unmet = met_budgets(parts, schemes, request.bpw, request.runtime, allow, tie)
     return replace(request, bpw=met), unmet
+
+
+def was_found(out: Path, request: PlanRequest) -> bool:
+    """Whether the plans that a study holds as its recommendations are verified ones for the same request."""
+    if not is_study(out):
+        return False
+    study = Study(out)
+    saved, asked = recommended(study), replace(request, weights=weights_of(study)).to_json()
+    return bool(saved) and all(one.measured and one.provenance.get("asked") == asked for one in saved)
 
 
 def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:

@@ -194,8 +194,12 @@ def test_a_forecast_of_a_plan_that_was_found_is_of_its_scores(folder: Path, caps
     verified = Study(folder / "again" / "verify").counts()["done"]
     left, _ = run(capsys, f"{line} --dry-run")
     assert (new["measured"], left["measured"]) == (0, made["plans_measured"] + verified)
-    assert left["plans"] == new["plans"] - left["measured"]
+    assert left["plans"] == 0, "all trials have run, and what was found is verified"
+    assert (new["found"], left["found"]) == (False, True)
     assert left["seconds"]["gradients"] > 0
+    other, _ = run(capsys, f"{line.replace('--bpw 4,3', '--bpw 5,3')} --dry-run")
+    assert other["plans"] > 0
+    assert not other["found"], "for other budgets, others may have to be verified"
 
 
 @pytest.mark.usefixtures("briefly_timed")

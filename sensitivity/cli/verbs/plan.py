@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     check_may_save(args.out, request.bpw)
     check_tasks_fit(vlm, tasks)
     if args.dry_run:
-        return _whole(_forecast(args, vlm, parts, requested, tasks, len(request.bpw)), unmet)
+        return _whole(_forecast(args, vlm, parts, requested, tasks, request), unmet)
     data = args.calibration or args.task
     with show_stages(args.json):
         scoring = scored(
@@ -173,24 +173,30 @@ def _verified(
 
 
 def _forecast(
-    args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: list[Task], budgets: int
+    args: argparse.Namespace,
+    vlm: VLM,
+    parts: ComponentMap,
+    requested: list[Scheme],
+    tasks: list[Task],
+    request: PlanRequest,
 ) -> dict[str, object]:
     """Forecast the cost of scoring and of all plans that may be run; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
-    from sensitivity.api.planning import opening_scores, search_examples
+    from sensitivity.api.planning import opening_scores, search_examples, was_found
     from sensitivity.api.sweeping import keys_of_measured
     from sensitivity.measure.forecast.forecast import forecast_sweep
     from sensitivity.study.storage.paths import is_study, verification_folder
     from sensitivity.study.study import Study
 
-    # full precision, and for each budget its candidates and the best uniform plan
-    verified = 1 + (args.top + 1) * budgets
-    n, fresh = search_examples(args.n, tasks), verification_folder(args.out)
+    n, fresh, found = search_examples(args.n, tasks), verification_folder(args.out), was_found(args.out, request)
+    # full precision, and for each budget its candidates and the best uniform plan, of which some may be the same
+    verified = len(Study(fresh).trials()) if is_study(fresh) else 0
+    most = verified if found else 1 + (args.top + 1) * len(request.bpw)
     measured = len(keys_of_measured(args.out, args.task, n, args.seed))
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
     searched, left = (-(-count * n // args.n) for count in (args.trials, max(args.trials - measured, 0)))
-    done = searched - left + min(verified, len(Study(fresh).trials()) if is_study(fresh) else 0)
-    listed = plans(parts, requested, "random", searched + verified, args.seed)
+    done = searched - left + min(verified, most)
+    listed = plans(parts, requested, "random", searched + most, args.seed)
     assert isinstance(listed, list)
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
     predicted = forecast_sweep(
@@ -198,5 +204,7 @@ def _forecast(
         measured=[plan.key for plan in listed[:done]],
     )  # fmt: skip
     if not args.json:
+        if found:
+            print("what was asked is found and verified already; plans run only where others now promise a gain")
         print_forecast(predicted)
-    return predicted.to_json()
+    return predicted.to_json() | {"found": found}
