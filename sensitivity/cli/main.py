@@ -64,6 +64,7 @@ VERBS: dict[str, ModuleType] = {
     "demo": demo,
 }
 CONTINUED = {"plan", "sweep", "recommend", "demo"}  # verbs that measure plans, and store each as it is done
+BEGUN = {"plan", "sweep"}  # those of them that make the study, as --out
 FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-C
 # parts of an ImportError's message when there is no memory for a shared library
 OUT_OF_MEMORY = ("failed to map segment", "annot allocate memory")
@@ -122,7 +123,13 @@ def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Inte
 
 def _stopped(words: Sequence[str], asked: argparse.Namespace) -> int:
     """Say that Ctrl-C stopped the verb, and what is left of its work."""
-    kept = "; what was finished is kept, and the same command continues" if set(words[:1]) & CONTINUED else ""
+    from sensitivity.study.storage.paths import is_study
+
+    kept, out = "", getattr(asked, "out", None)
+    if words[:1] and words[0] in CONTINUED:
+        kept = "; what was finished is kept, and the same command continues"
+        if words[0] in BEGUN and (out is None or not is_study(out)):
+            kept = " before any plan was run; the same command begins again"
     return fail(asked, f"stopped{kept}", STOPPED)
 
 

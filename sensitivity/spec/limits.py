@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sensitivity.spec.components import matches
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import Notice, UserError, unknown
 from sensitivity.spec.plan import Scheme
 
 NATIVE = 16  # the bit width that stands for native precision
@@ -24,6 +25,19 @@ def allowed_by(names: Sequence[str], widths: Mapping[str, Sequence[int]] | None)
     for pattern in sorted(widths, key=len):
         widths_of |= dict.fromkeys(members(names, pattern), widths[pattern])
     return lambda name, scheme: name not in widths_of or (scheme.bits if scheme else NATIVE) in widths_of[name]
+
+
+def warn_of_idle_widths(widths: Mapping[str, Sequence[int]], schemes: Iterable[Scheme], there: str) -> None:
+    """Warn of widths that a request allows and no scheme has: they add no plan."""
+    known = {NATIVE, *(one.bits for one in schemes)}
+    for pattern, asked in widths.items():
+        if idle := [str(width) for width in asked if width not in known]:
+            warnings.warn(
+                f"--allow {pattern}={','.join(map(str, asked))}: {' and '.join(idle)} allows nothing, since {there} "
+                f"{', '.join(map(str, sorted(known)))}",
+                Notice,
+                stacklevel=3,
+            )
 
 
 def tied_groups(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

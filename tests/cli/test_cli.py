@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 from forked import forked
 
@@ -180,6 +181,10 @@ def test_a_list_of_budgets_is_run_once(study: Path, capsys: pytest.CaptureFixtur
     assert status == 0
     assert "nothing was left to do" in err
     assert len(Study(study / "verify").trials()) == measured
+    assert "allows nothing" not in err
+    status, _, err = run(capsys, f"recommend {study} --bpw 5 --no-run --allow vision=4,5")
+    assert "--allow vision=4,5: 5 allows nothing, since the widths that were measured are " in err
+    run(capsys, line.replace("STUDY", str(study)))
     for name in ("plan.json", "plan-7bpw.json"):
         found = json.loads((study / name).read_text())
         assert found["plan"]["vision"] is None or found["plan"]["vision"]["bits"] in (4, 8)
@@ -516,7 +521,20 @@ def test_each_line_on_standard_error_is_an_object_beside_json(
 
     monkeypatch.setattr("sensitivity.cli.verbs.sweep.run", stopped)
     status, out, err = run(capsys, f"{SWEEP} --out nowhere --json")
-    told = {"error": "stopped; what was finished is kept, and the same command continues", "exit": status}
+    told = {"error": "stopped before any plan was run; the same command begins again", "exit": status}
     notes = [{"note": text} for text in ("loading 1 of 2", '{"half": 1', "slow", "no end")]
     assert [json.loads(line) for line in err.splitlines()] == [*notes[:2], {"done": 1}, *notes[2:], told]
     assert (status, json.loads(out)) == (130, told)
+
+
+def test_what_is_kept_is_said_only_where_something_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sensitivity.cli.verbs.plan.run", stopped)
+    line = f"plan embedded:scenes-llava --bpw 3 --out {tmp_path / 'run'}"
+    assert run(capsys, line)[::2] == (130, "stopped before any plan was run; the same command begins again\n")
+    Study.create(tmp_path / "run", planted.parts(), ["vqa"], {"model": "planted"})
+    assert run(capsys, line)[::2] == (130, "stopped; what was finished is kept, and the same command continues\n")

@@ -209,6 +209,10 @@ def test_a_forecast_counts_scores_and_both_kinds_of_runs(folder: Path, capsys: p
     assert found["seconds"]["calibration"] > 0  # although rounding to nearest needs none
     assert found["host"]["statistics"] > 0
     assert not (folder / "forecast").exists()
+    line = PLAN.replace("4,3 ", "9 ") + " --allow vision=4,9 --allow language=4,16"
+    _, err = run(capsys, f"{line} --out {folder / 'forecast'} --dry-run")
+    assert "--allow vision=4,9: 9 allows nothing, since the widths here (--bits) are 2, 3, 4, 8, 16" in err
+    assert "--allow language" not in err
     many, _ = run(capsys, f"{PLAN} --out {folder / 'forecast'} --dry-run --n 1000".replace("--n 12 ", ""))
     assert many["plans"] < found["plans"]  # plans that decide see a quarter of the examples then
 

@@ -69,9 +69,11 @@ def checked(
 def loadable_schemes(
     args: argparse.Namespace, parts: ComponentMap, requested: list[Scheme], allow: Allowed | None
 ) -> list[Scheme]:
-    """The schemes that --runtime can load for at least one component within --allow; prints what it leaves out."""
+    """The schemes that --runtime can load for at least one component within --allow; prints what is left out."""
+    from sensitivity.spec.limits import warn_of_idle_widths
     from sensitivity.spec.runtimes.loadable import restrict
 
+    warn_of_idle_widths(dict(args.allow), requested, "the widths here (--bits) are")
     if not args.runtime:
         return requested
     legal, left_out = restrict(parts, requested, args.runtime, allow)

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
+    from sensitivity.spec.limits import warn_of_idle_widths
     from sensitivity.study.storage import layer_times
     from sensitivity.study.storage.location import check_stores
     from sensitivity.study.study import Study
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     study = Study(args.study)
     request = _request(args, study)
     check_request(study, request)
+    warn_of_idle_widths(request.allow, schemes_of(study), "the widths that were measured are")
     check_stores(study.path, verifies=not args.no_run)
     check_may_save(study.path, request.bpw)
     of = study.parts, args.runtime, args.threads or 0
