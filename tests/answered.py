@@ -29,11 +29,12 @@ def study(
     seed: int = 0,
     plans: Sequence[Plan] = (NATIVE, FOUR, TWO),
     runtime: str | None = None,
+    names: Sequence[str] = planted.PARTS,
 ) -> Study:
     """A study as a sweep leaves it; `sources` are the names by which its tasks are found again."""
     data = {task.name: f"{len(task.examples)} examples {task.fingerprint}" for task in tasks}
     meta = {"model": "planted", "fingerprint": "f", "tasks": list(sources), "n": n, "seed": seed, "data": data}
-    made = Study.create(path, planted.parts(), [task.name for task in tasks], meta, runtime=runtime)
+    made = Study.create(path, planted.parts(names), [task.name for task in tasks], meta, runtime=runtime)
     questions.store(path, tasks)
     made.enqueue(plans)
     last = None

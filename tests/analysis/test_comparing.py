@@ -83,6 +83,18 @@ def test_the_same_plan_differs_from_itself_where_an_answer_or_the_model_is_anoth
     assert found.low < found.mean == 0 < found.high
 
 
+def test_full_precision_is_the_same_plan_of_other_components_too(tmp_path: Path) -> None:
+    finer = ("vision.front", "connector", "language")
+    native = Plan.uniform(planted.parts(finer), None)
+    first, again = (
+        answered.study(tmp_path / names[0], [task("vqa", n=30)], worse(4), ["vqa"], n=30, plans=[plan], names=names)
+        for names, plan in ((planted.PARTS, NATIVE), (finer, native))
+    )
+    found = compare_sides(side(str(first.path)), side(str(again.path))).rows[0].paired.difference
+    assert NATIVE.key != native.key
+    assert (found.low, found.mean, found.high) == (0, 0, 0)
+
+
 def test_what_budgets_show_is_said(pair: tuple[Study, Study]) -> None:
     """Full precision alone says nothing of the plans that a comparison is about."""
     found = compare_sides(side(str(pair[0].path)), side(str(pair[1].path)))

@@ -191,7 +191,8 @@ def _row(pairing: Pairing, task: str, what: str, a: Plan, b: Plan) -> Iterator[R
     ours, theirs = pairing.a.examples(a), pairing.b.examples(b)
     if ours is not None and theirs is not None:
         sizes = (_bpw(pairing.a, a), _bpw(pairing.b, b))
-        itself = pairing.same_model and a.key == b.key
+        # of other components, full precision has another key
+        itself = pairing.same_model and (a.key == b.key or (a.is_native and b.is_native))
         yield Row(what, a, b, *sizes, pairing.paired(ours, theirs, task, itself=itself))
 
 
