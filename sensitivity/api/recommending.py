@@ -31,7 +31,7 @@ class PlanLimits(TypedDict, total=False):
 
 def recommend(
     study: Study,
-    bpw: float,
+    bpw: float = 4.0,
     run: VLM | None = None,
     task: str | None = None,
     floors: Mapping[str, float] | None = None,

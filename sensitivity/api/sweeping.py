@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +58,7 @@ class SweepOptions(TypedDict, total=False):
 
 def grid(
     parts: ComponentMap,
-    bits: Sequence[int] = BITS,
+    bits: int | Sequence[int] = BITS,
     method: str = "rtn",
     schemes: Sequence[Scheme] = (),
     **settings: Any,
@@ -71,12 +71,12 @@ def grid(
         >>> len(plans)  # 3 widths of 3 parts, and full precision
         28
     """
-    return grid_(parts, schemes or [scheme(method, width, **settings) for width in bits])
+    return grid_(parts, schemes or _schemes(method, bits, settings))
 
 
 def one_at_a_time(
     parts: ComponentMap,
-    bits: Sequence[int] = BITS,
+    bits: int | Sequence[int] = BITS,
     method: str = "rtn",
     schemes: Sequence[Scheme] = (),
     **settings: Any,
@@ -88,7 +88,12 @@ def one_at_a_time(
         >>> len(one_at_a_time(parts, bits=(2, 4, 8)))  # 3 widths of 3 parts, 3 uniform plans, and full precision
         13
     """
-    return one_at_a_time_(parts, schemes or [scheme(method, width, **settings) for width in bits])
+    return one_at_a_time_(parts, schemes or _schemes(method, bits, settings))
+
+
+def _schemes(method: str, bits: int | Sequence[int], settings: Mapping[str, Any]) -> list[Scheme]:
+    """A scheme for each width; a single width stands for a list of one."""
+    return [scheme(method, width, **settings) for width in ([bits] if isinstance(bits, int) else bits)]
 
 
 def check_sweep(
@@ -151,15 +156,24 @@ def keys_of_measured(out: Path | str, tasks: Sequence[str], n: int, seed: int) -
 
 
 def sweep(
-    vlm: VLM, parts: ComponentMap, plans: Plans, tasks: Sequence[str], out: Path | str, **options: Unpack[SweepOptions]
+    vlm: VLM,
+    parts: ComponentMap,
+    plans: Plans,
+    tasks: str | Sequence[str],
+    out: Path | str,
+    **options: Unpack[SweepOptions],
 ) -> Study:
     """Evaluate every plan that the study at `out` does not hold yet, and return the study.
+
+    tasks: their names, or a single one.
 
     Examples:
         >>> from sensitivity import sweep
         >>> study = sweep(vlm, parts, plans, tasks=["vqa"], out="runs/vqa", n=20)
     """
-    study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
+    if isinstance(plans, Sequence) and not plans:
+        raise UserError("there is no plan to run; `grid` and `one_at_a_time` make some")
+    study, steps = begin_sweep(vlm, parts, plans, [tasks] if isinstance(tasks, str) else tasks, out, **options)
     for _ in steps:
         pass
     return study

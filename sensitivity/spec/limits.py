@@ -74,5 +74,7 @@ def merge_groups(groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 def members(names: Sequence[str], pattern: str) -> list[str]:
     """The components that a pattern names, such as vision or *.attn."""
     if not (matching := [name for name in names if matches(name, pattern)]):
-        raise unknown("component", pattern, names)
+        # the prefixes that are accepted, such as vision of vision.front.attn, come first
+        prefixes = (name.rsplit(".", dots)[0] for name in names for dots in range(name.count("."), 0, -1))
+        raise unknown("component", pattern, dict.fromkeys([*prefixes, *names]))
     return matching

@@ -517,6 +517,9 @@ def test_limits_are_named_by_patterns() -> None:
     assert allow("connector", Scheme("codes", 3))
     assert tied_groups(names, [("*.ff", "connector")]) == [("vision.front.ff", "language.end.ff", "connector")]
     assert merge_groups([("a", "b"), ("c", "d"), ("b", "c")]) == [("a", "b", "c", "d")]
+    choices = "choose from vision, vision.front, language, language.end, vision.front.attn, "
+    with pytest.raises(UserError, match=f"unknown component 'languag'; {choices}.*did you mean language"):
+        tied_groups(names, [("vision", "languag")])
     with pytest.raises(UserError, match=r"unknown component 'visoin'.*"):
         allowed_by(names, {"visoin": (4,)})
     with pytest.raises(UserError, match="'connector' is a single component"):

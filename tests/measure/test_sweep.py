@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import pytest
 import saved_vlms
 from few import few
 
-from sensitivity.api.sweeping import begin_sweep, grid, sweep
+from sensitivity.api.recommending import recommend
+from sensitivity.api.sweeping import begin_sweep, grid, one_at_a_time, sweep
+from sensitivity.cli.main import VERBS, parser_of
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
@@ -101,6 +104,22 @@ def test_another_seed_or_number_is_refused(scenes_llava: VLM, tmp_path: Path) ->
         sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=6)
     with pytest.raises(UserError, match="seed: there 0, here 1"):
         sweep(scenes_llava, parts, plans[:1], ["vqa"], tmp_path, n=5, seed=1)
+
+
+def test_one_task_and_one_width_need_no_list(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts, _ = plans_for(scenes_llava)
+    assert grid(parts, bits=3) == grid(parts, bits=[3])
+    assert one_at_a_time(parts, bits=3) == one_at_a_time(parts, bits=[3])
+    study = sweep(scenes_llava, parts, grid(parts, bits=8)[:2], "vqa", tmp_path / "one", n=5)
+    assert (study.tasks, study.meta["tasks"]) == (("vqa",), ["vqa"])
+    with pytest.raises(UserError, match="there is no plan to run; `grid` and `one_at_a_time` make some"):
+        sweep(scenes_llava, parts, [], ["vqa"], tmp_path / "none", n=5)
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_a_budget_python_and_the_command_line_take_the_same() -> None:
+    typed = parser_of(VERBS).parse_args(["recommend", "runs/first"])
+    assert typed.bpw == (signature(recommend).parameters["bpw"].default,)
 
 
 def command(out: Path) -> list[str]:
