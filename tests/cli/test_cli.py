@@ -184,6 +184,8 @@ def test_a_list_of_budgets_is_run_once(study: Path, capsys: pytest.CaptureFixtur
     assert "allows nothing" not in err
     status, _, err = run(capsys, f"recommend {study} --bpw 5 --no-run --allow vision=4,5")
     assert "--allow vision=4,5: 5 allows nothing, since the widths that were measured are " in err
+    _, out, _ = run(capsys, f"recommend {study} --gb 0.0025 --no-run")
+    assert re.search(r"--gb: 0.0025 GB is (\S+) bits per weight\n\nBest plan for \1 bits per weight", out)
     run(capsys, line.replace("STUDY", str(study)))
     for name in ("plan.json", "plan-7bpw.json"):
         found = json.loads((study / name).read_text())

@@ -19,7 +19,7 @@ def check_budget_flags(args: argparse.Namespace) -> None:
 
 
 def budgets_in_bpw(args: argparse.Namespace, parts: ComponentMap) -> tuple[float, ...]:
-    """The budgets in bits per weight; a budget in GB also pays for the headers of the files of --runtime."""
+    """The budgets in bits per weight; one in GB also pays for the headers of the files of --runtime, and is printed."""
     from sensitivity.spec.runtimes.headers import bpw_in_gb, header_bytes
     from sensitivity.spec.runtimes.table import files_of
 
@@ -31,4 +31,8 @@ def budgets_in_bpw(args: argparse.Namespace, parts: ComponentMap) -> tuple[float
             "import it with --numel"
         )
     headers = header_bytes(parts, files_of(args.runtime))
-    return tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)
+    budgets = tuple(bpw_in_gb(parts, gb, headers) for gb in args.gb)
+    if not args.json:  # the answers name budgets in bits per weight
+        each = (f"{gb:g} GB is {bpw:.4g} bits per weight" for gb, bpw in zip(args.gb, budgets, strict=True))
+        print(f"--gb: {', '.join(each)}")
+    return budgets
