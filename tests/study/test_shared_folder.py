@@ -107,6 +107,19 @@ def test_no_folder_of_this_machine_is_told(study: Study, tmp_path: Path) -> None
     assert without_folder("vqav2:/data/x") == "vqav2:x"
 
 
+def test_folders_of_calibration_data_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, source, noted in (("a", "vqa,iou:/home/me/q.jsonl", True), ("b", "vqa,iou:q.jsonl", False)):
+        four = Scheme("gptq", 4, settings=(("calibration", source),))
+        one = Study.create(tmp_path / name, planted.parts(), ["a"], {"model": "planted"})
+        one.append([Plan.uniform(planted.parts(), scheme) for scheme in (None, four)], [{"a": 1.0}, {"a": 0.9}])
+        assert main(["table", str(one.path), "--share", str(tmp_path / f"{name}-shared")]) == 0
+        said = (
+            "names folders of this machine: its plans were calibrated on iou:/home/me/q.jsonl;"
+            in capsys.readouterr().err
+        )
+        assert said == noted
+
+
 def test_only_an_earlier_shared_folder_is_replaced(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import discard, write_atomically
 from sensitivity.study import identity
 from sensitivity.study.sharing import table_file
@@ -43,7 +44,21 @@ def write(study: Study, out: Path, answers: bool) -> int:
     _share_expected(study, out)
     write_atomically(out / paths.JOURNAL, _journal(study))
     write_atomically(out / CARD, table_file.folder_card(study, out / TRIALS, rows, files).encode("utf-8", "replace"))
+    _warn_of_folders(study, out)
     return rows
+
+
+def _warn_of_folders(study: Study, out: Path) -> None:
+    """Warn if schemes name calibration data in a folder of this machine: a plan's key depends on what they say."""
+    schemes = {scheme for trial in study.measured() for _, scheme in trial.plan.schemes if scheme is not None}
+    sources = {source for one in schemes for source in str(one.get("calibration", "")).split(",")}
+    if named := sorted(source for source in sources if identity.without_folder(source) != source):
+        warnings.warn(
+            f"{out} names folders of this machine: its plans were calibrated on {', '.join(named)}; sweeps with a "
+            "path relative to the current folder name none",
+            Notice,
+            stacklevel=2,
+        )
 
 
 def _share_expected(study: Study, out: Path) -> None:
