@@ -165,14 +165,12 @@ def sweep(
 ) -> Study:
     """Evaluate every plan that the study at `out` does not hold yet, and return the study.
 
-    tasks: their names, or a single one.
+    tasks: their names, or a single one. Without plans, full precision alone runs.
 
     Examples:
         >>> from sensitivity import sweep
         >>> study = sweep(vlm, parts, plans, tasks=["vqa"], out="runs/vqa", n=20)
     """
-    if isinstance(plans, Sequence) and not plans:
-        raise UserError("there is no plan to run; `grid` and `one_at_a_time` make some")
     study, steps = begin_sweep(vlm, parts, plans, [tasks] if isinstance(tasks, str) else tasks, out, **options)
     for _ in steps:
         pass

@@ -121,13 +121,13 @@ def test_a_loss_that_falls_is_not_said_to_rise_and_zeros_have_no_sign(capsys: py
     integral = SimpleNamespace(change=-0.1, before=0.3, after=0.2, passes=2, missing=0.001)
     places = torch.tensor([[-0.06, 0.0], [0.0, -0.02]])
     parts = {"vision": -0.1, "connector": 0.0}
-    blame = SimpleNamespace(components=parts, modalities={}, regions={0: places})
+    blame = SimpleNamespace(components=parts, modalities={"vision": -0.1, "text": 0.0}, regions={0: places})
     print_explanation(explanation(integral, blame, "caption"))
     said = capsys.readouterr().out
     assert "the loss of right answers falls from 0.3000 to 0.2000 on 1 calibration example of caption" in said
     assert "rises" not in said
     assert "-0.0" not in said
-    assert "in percent: 80.0 in all; the rest of vision is of tokens that are no patches" in said
+    assert "in percent: 80.0 in all; 20.0 more is of vision tokens that are no patches" in said
     assert said.index("row") < said.index("60.0")
 
 

@@ -62,7 +62,7 @@ def test_a_study_goes_on_in_its_own_type(
     line = f"sweep {folder} --task vqa --bits 8 --by part --search one-at-a-time --n 8 --out {out} --json".split()
     monkeypatch.setattr(verbs, "slowdown", lambda *_: 90.0)
     assert main(line) == 0
-    assert "note: computing in float32: float16, as stored, is 90.0 times slower here" in capsys.readouterr().err
+    assert '{"note": "computing in float32: float16, as stored, is 90.0 times slower here' in capsys.readouterr().err
     assert Study(out).meta["dtype"] == "float32"
     monkeypatch.setattr(verbs, "slowdown", lambda *_: 0.5)  # another machine, say
     assert main(line) == 0

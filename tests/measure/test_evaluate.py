@@ -134,7 +134,7 @@ GOOD = {"image": "a.png", "prompt": "what?", "answers": ["this"]}
     [
         (["{"], "line 1 is not JSON"),
         ([json.dumps({"image": "a.png", "prompt": "?"})], 'line 1 lacks answers; each line is like {"image"'),
-        (["[]"], "line 1 lacks image and prompt and answers"),
+        (["[]"], "line 1 is [] instead of an object; each line is like {"),
         ([json.dumps({**GOOD, "id": 7}), json.dumps({**GOOD, "id": 7})], "has the id '7' twice"),
         ([json.dumps({**GOOD, "split": "calibration"})], "has no evaluation lines"),
         ([], "has no evaluation lines"),

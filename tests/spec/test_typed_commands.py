@@ -116,7 +116,7 @@ def test_a_command_with_spaces_in_its_path_is_typed_as_printed(tmp_path: Path) -
     folder = tmp_path / "my runs" / "it's one"
     with pytest.raises(UserError) as error:
         Study(folder)
-    command = re.search(r"`(.*)`", str(error.value))
+    command = re.search(r"`(.*?)`", str(error.value))
     assert command is not None
     assert shlex.split(command[1]) == ["sensitivity", "sweep", "MODEL", "--out", str(folder)]
     assert shell_word("runs/first") == "runs/first"
