@@ -170,8 +170,9 @@ def test_weights_over_several_tasks_are_solved_exactly(two_tasks: Study) -> None
         np.testing.assert_allclose(got, fitting[:2], atol=1e-6)
 
 
+@pytest.mark.parametrize("bpw", [4.5, 9.0])
 def test_nearly_equal_plans_for_several_tasks_are_not_listed_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bpw: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = planted.parts(tuple(f"language.{i}" for i in range(13)), tuple(range(300, 950, 50)))
     draw = np.random.default_rng(0)
@@ -196,14 +197,14 @@ def test_nearly_equal_plans_for_several_tasks_are_not_listed_one_by_one(
         return minimize(self, *given, **more)
 
     monkeypatch.setattr(Program, "minimize", counted)
-    best = solve(study, bpw=4.5, tasks=["a", "b"], top=1, knapsack=knapsack)[0]
+    best = solve(study, bpw=bpw, tasks=["a", "b"], top=1, knapsack=knapsack)[0]
 
     def share(index: np.ndarray) -> np.ndarray:
         return np.asarray(sum(knapsack.models[task].predict(index) / knapsack.full(task) for task in "ab"))
 
     near = changed_at_most_twice(knapsack, [best.plan])
     bits = sum(sizes[near[:, c]] for c, sizes in enumerate(knapsack.bits)) + knapsack.kept
-    assert share(knapsack.space.encode([best.plan]))[0] >= share(near[bits <= budget_bits(many, 4.5)]).max() - 1e-4
+    assert share(knapsack.space.encode([best.plan]))[0] >= share(near[bits <= budget_bits(many, bpw)]).max() - 2e-3
 
 
 def test_limits_hold_by_construction(two_tasks: Study) -> None:

@@ -25,6 +25,7 @@ Floats = np.ndarray
 NO_PLAN = "no measured plan"  # the subject of a sentence on a budget that no plan fits
 # weighted mean shares of full precision that differ by less count as equal: predictions are far less sure
 TIE = 1e-5
+MOST = 8  # plans that are looked at beyond those asked for: where so many are nearly equal, hundreds are
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
 
     The bound is made tight around the first plan that is found: of a loose one, thousands of nearly equal plans lie
     above the best score. The search ends when no remaining plan has a bound above the score of plan number `top` by
-    more than TIE, and so is exact but for ties, although the program maximizes only a bound.
+    more than TIE, and so is exact but for ties, although the program maximizes only a bound. It also ends after MOST
+    further plans: then hundreds lie closer to the best score than the bound is tight, within a thousandth of it.
     """
     knapsack = program.knapsack
     total = sum(weights.values())
@@ -170,7 +172,7 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
         return []
     cost = program.bound(weights, first[0])
     scored: list[tuple[float, Floats]] = []
-    while (best := program.minimize(cost, GAP)) is not None:
+    while len(scored) < top + MOST and (best := program.minimize(cost, GAP)) is not None:
         row, bound = best[0], -best[1]
         if len(scored) >= top and bound <= scored[top - 1][0] + TIE:
             break
