@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from sensitivity.spec.sizes import Size, bits_in_bytes, budget_bits, bytes_in_wo
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
+Found = TypeVar("Found")
 NO_PLAN = "no measured plan"  # the subject of a sentence on a budget that no plan fits
 # weighted mean shares of full precision that differ by less count as equal: predictions are far less sure
 TIE = 1e-5
@@ -100,6 +102,23 @@ def budgets_in_bits(
     if size_in_bytes is not None:
         return [(bits, bits / parts.numel) for bits in map(bits_in_bytes, limits)]
     return [(budget_bits(parts, limit), limit) for limit in limits]
+
+
+def of_met(budgets: Sequence[float], find: Callable[[float], Found]) -> tuple[dict[float, Found], list[str]]:
+    """What is found for each budget in bits per weight, and a sentence for each that no plan meets.
+
+    Where no budget can be met, that is an error.
+    """
+    met: dict[float, Found] = {}
+    failures: dict[float, UserError] = {}
+    for bpw in budgets:
+        try:
+            met[bpw] = find(bpw)
+        except UserError as error:
+            failures[bpw] = error
+    if not met:
+        raise failures[budgets[0]]
+    return met, [f"{bpw:g} bpw: {error}" for bpw, error in failures.items()]
 
 
 def spend(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sensitivity.analysis.allocate.budget import fits, infeasible
+from sensitivity.analysis.allocate.budget import fits, infeasible, of_met
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.program import Program
 from sensitivity.analysis.surrogate.space import Space, family
@@ -64,16 +64,8 @@ def met_budgets(
     Where no budget can be met, that is an error.
     """
     no_damage = {name: dict.fromkeys(schemes, 0.0) for name in parts.names}
-    failures = {}
-    for bpw in budgets:
-        try:
-            optimum(parts, no_damage, bpw, runtime, allow, tie)
-        except UserError as error:
-            failures[bpw] = error
-    met = tuple(bpw for bpw in budgets if bpw not in failures)
-    if not met:
-        raise failures[budgets[0]]
-    return met, [f"{bpw:g} bpw: {error}" for bpw, error in failures.items()]
+    met, unmet = of_met(budgets, lambda bpw: optimum(parts, no_damage, bpw, runtime, allow, tie))
+    return tuple(met), unmet
 
 
 def _solved(

@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def _proposed(study: Study, request: PlanRequest, times: LayerTimes | None) -> tuple[PlanRequest, Proposed, list[str]]:
     """The request for those budgets that can be met, what is proposed for them, and a sentence for each other one."""
+    from sensitivity.analysis.allocate.budget import of_met
     from sensitivity.analysis.allocate.kept_recommendation import proposed
 
     try:
@@ -130,15 +131,8 @@ def _proposed(study: Study, request: PlanRequest, times: LayerTimes | None) -> t
     except UserError:
         if len(request.bpw) == 1:
             raise
-    met, failures = {}, {}
-    for bpw in request.bpw:
-        try:
-            (met[bpw],) = proposed(study, replace(request, bpw=(bpw,)), times)
-        except UserError as error:
-            failures[bpw] = error
-    if not met:
-        raise failures[request.bpw[0]]
-    return replace(request, bpw=tuple(met)), list(met.values()), [f"{bpw:g} bpw: {failures[bpw]}" for bpw in failures]
+    met, unmet = of_met(request.bpw, lambda bpw: proposed(study, replace(request, bpw=(bpw,)), times)[0])
+    return replace(request, bpw=tuple(met)), list(met.values()), unmet
 
 
 def _model(args: argparse.Namespace, study: Study) -> VLM | None:
