@@ -153,9 +153,10 @@ def test_scores_of_components_and_how_well_they_foretell(folder: Path, capsys: p
 
 
 def test_where_the_damage_of_a_plan_comes_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = Study(folder / "study")
+    run(capsys, f"{PLAN} --out {folder / 'explained'}")  # of its own: other tests may run in another process
+    study = Study(folder / "explained")
     trial = next(trial for trial in study.trials() if not trial.plan.is_native)
-    found, _ = run(capsys, f"explain {folder / 'study'} --plan {trial.key[:8]} --calibration-n 2 --json")
+    found, _ = run(capsys, f"explain {folder / 'explained'} --plan {trial.key[:8]} --calibration-n 2 --json")
     assert found["key"] == trial.key
     for table in ("components", "modalities"):
         assert sum(found[table].values()) == pytest.approx(found["change"], rel=0.011)
@@ -163,12 +164,12 @@ def test_where_the_damage_of_a_plan_comes_from(folder: Path, capsys: pytest.Capt
     assert len(found["regions"]) == found["examples"] == 2
     stored = json.loads(Path(found["path"]).read_text())
     assert stored["components"] == found["components"]
-    assert cli.main(f"explain {folder / 'study'} --plan {trial.number} --calibration-n 1".split()) == 0
+    assert cli.main(f"explain {folder / 'explained'} --plan {trial.number} --calibration-n 1".split()) == 0
     said = capsys.readouterr().out
     assert "on 1 calibration example of vqa (" in said
     assert "Share of that change by modality" in said
     native = next(trial for trial in study.trials() if trial.plan.is_native)
-    assert cli.main(f"explain {folder / 'study'} --plan {native.key}".split()) == 2
+    assert cli.main(f"explain {folder / 'explained'} --plan {native.key}".split()) == 2
     assert "full precision has no damage to explain" in capsys.readouterr().err
 
 
