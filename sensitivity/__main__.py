@@ -14,6 +14,9 @@ def run() -> int:
         return 130
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # an interrupt that came through code in a string, as in namedtuple(), would make Python kill itself at its end
+        # instead of exiting with our code, unless other such code ran since
+        exec("")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,13 +66,14 @@ VERBS: dict[str, ModuleType] = {
 }
 CONTINUED = {"plan", "sweep", "recommend", "demo"}  # verbs that measure plans, and store each as it is done
 BEGUN = {"plan", "sweep"}  # those of them that make the study, as --out
-FAILED, REFUSED, STOPPED = 1, 2, 130  # exit codes; 130 is the shell's for Ctrl-C
+FAILED, REFUSED = 1, 2  # exit codes
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # as shells have them
 # parts of an ImportError's message when there is no memory for a shared library
 OUT_OF_MEMORY = ("failed to map segment", "annot allocate memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 1 (it failed), 2 (the request is invalid) or 130 (Ctrl-C).
+    """Run one verb; the exit code is 0, 1 (it failed), 2 (the request is invalid), 130 (Ctrl-C) or 143 (SIGTERM).
 
     Every code but 0 comes with a sentence on standard error, unless the reader of our output is gone (a broken pipe).
     """
@@ -101,7 +103,7 @@ def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Inte
             print(json.dumps(finite(facts), indent=2, default=str))
         return 0
     except KeyboardInterrupt:
-        return _stopped(words, asked)
+        return _stopped(words, asked, heard)
     except BrokenPipeError:  # as with `| head`; Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -114,15 +116,15 @@ def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Inte
     except MemoryError as error:
         return fail(asked, str(error) or "out of memory", FAILED)
     except Exception as error:
-        if heard.pressed:  # a library that was interrupted while it was imported raises errors of its own
-            return _stopped(words, asked)
+        if heard.signal:  # a library that was interrupted while it was imported raises errors of its own
+            return _stopped(words, asked, heard)
         if isinstance(error, ImportError) and any(sign in str(error) for sign in OUT_OF_MEMORY):
             return fail(asked, f"out of memory while a library was loaded: {error}", FAILED)
         return fail(asked, f"unexpected {type(error).__name__}: {error} (a defect; --debug shows where)", FAILED)
 
 
-def _stopped(words: Sequence[str], asked: argparse.Namespace) -> int:
-    """Say that Ctrl-C stopped the verb, and what is left of its work."""
+def _stopped(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Interrupts) -> int:
+    """Say that a signal stopped the verb, and what is left of its work."""
     from sensitivity.study.storage.paths import is_study
 
     kept, out = "", getattr(asked, "out", None)
@@ -130,7 +132,7 @@ def _stopped(words: Sequence[str], asked: argparse.Namespace) -> int:
         kept = "; what was finished is kept, and the same command continues"
         if words[0] in BEGUN and (out is None or not is_study(out)):
             kept = " before any plan was run; the same command begins again"
-    return fail(asked, f"stopped{kept}", STOPPED)
+    return fail(asked, f"stopped{kept}", STOPPED[heard.signal or signal.SIGINT])
 
 
 def fail(args: argparse.Namespace, message: str, status: int, result: Mapping[str, object] = {}) -> int:
@@ -138,7 +140,8 @@ def fail(args: argparse.Namespace, message: str, status: int, result: Mapping[st
 
     On standard output, the object has the result of what could be done, too.
     """
-    message, shown = printable(message), args.debug and status != STOPPED
+    stopped = status in STOPPED.values()
+    message, shown = printable(message), args.debug and not stopped
     if args.json:
         facts = {"error": message, "exit": status}
         print(json.dumps(facts | ({"traceback": traceback.format_exc()} if shown else {})), file=sys.stderr)
@@ -146,7 +149,7 @@ def fail(args: argparse.Namespace, message: str, status: int, result: Mapping[st
         return status
     if shown:
         traceback.print_exc()
-    print(message if status == STOPPED else f"error: {message}", file=sys.stderr)
+    print(message if stopped else f"error: {message}", file=sys.stderr)
     return status
 
 

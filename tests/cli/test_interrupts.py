@@ -1,7 +1,8 @@
-"""Ctrl-C at any moment: it ends the verb with 130 and one word, also where a library swallows it."""
+"""Ctrl-C or SIGTERM at any moment: the verb ends with 130 or 143 and one word, also where a library swallows it."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from sensitivity.cli.processes import workers
 
 FINALIZER = """
 class Thing:
@@ -60,6 +63,35 @@ def test_an_interrupt_that_a_library_swallows_comes_again(
     assert done.stdout == (stopped if more else said)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "code", ["signal.raise_signal(NUMBER)\nlen('')", "exec('signal.raise_signal(NUMBER); len(str())')"]
+)
+def test_each_signal_has_its_exit_code(tmp_path: Path, number: signal.Signals, status: int, code: str) -> None:
+    """Where it came through code in a string, too, after which `python -m` would die of SIGINT."""
+    (tmp_path / "ours.py").write_text(
+        "import signal, sys\nfrom sensitivity.cli.verbs import recommend\nfrom sensitivity.__main__ import run\n"
+        f"def stopped(args):\n    {code.replace('NUMBER', str(int(number)))!r}\n"
+        "recommend.run = lambda args: exec(stopped.__doc__)\nsys.exit(run())"
+    )
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    line = [sys.executable, "-m", "ours", "recommend", "x", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, env=place)
+    told = "stopped; what was finished is kept, and the same command continues"
+    assert (done.returncode, json.loads(done.stderr)) == (status, {"error": told, "exit": status})
+
+
+def test_sigterm_ends_a_worker_at_once() -> None:
+    """Its launcher waits for that, and then gives the worker's plan back."""
+    code = (
+        "import signal, sys\nfrom sensitivity.cli.verbs import methods\n"
+        "methods.run = lambda args: signal.raise_signal(signal.SIGTERM)\n"
+        "from sensitivity.__main__ import run\nsys.exit(run())"
+    )
+    line, place = [sys.executable, "-c", code, "methods"], {**os.environ, workers.CHILD: "ray"}
+    assert subprocess.run(line, check=False, env=place).returncode == -signal.SIGTERM
+
+
 def test_a_process_that_ignores_it_is_not_stopped() -> None:
     """As a shell starts what runs in the background, and nohup."""
     code = (
@@ -86,8 +118,7 @@ def test_an_export_that_is_stopped_early_leaves_nothing(tmp_path: Path, seconds:
     assert "Traceback" not in told
     assert "ignored" not in told
     if process.returncode:
-        # Python may pass the signal on where it came in a piece of code that a library runs; shells show 130 for both
-        assert process.returncode in (130, -signal.SIGINT)
+        assert process.returncode == 130
         assert told.splitlines()[-1] == "stopped"
         assert {path for path in tmp_path.rglob("*") if path.name != "exports"} == before
     else:

@@ -1,4 +1,4 @@
-"""Ctrl-C: comes again where a library swallowed it, as finalizers and imports do."""
+"""Ctrl-C and SIGTERM end a verb alike; they come again where a library swallowed them, as finalizers do."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from sensitivity.cli.processes.workers import is_child
+
 AGAIN, AFTER_IMPORT = 0.1, 1.0  # seconds until a signal comes again that a finalizer or an import swallowed
 IMPORTING = "<frozen importlib._bootstrap>"  # the file of frames that import a module
 
 
 class Interrupts:
-    """Whether Ctrl-C was pressed, and what becomes of it."""
+    """The signal that stops the verb, and what becomes of it."""
 
     def __init__(self) -> None:
-        self.pressed, self.again = False, False
+        self.signal: signal.Signals | None = None  # the first that came
+        self.again = False
         self.unraisable = sys.unraisablehook
 
-    def handle(self, _: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Raise KeyboardInterrupt, and once more where an import swallows it."""
-        self.pressed, again, self.again = True, self.again, False
+        self.signal, again, self.again = self.signal or signal.Signals(number), self.again, False
         if again and isinstance(sys.exception(), KeyboardInterrupt):
             return  # it was not swallowed: what was begun is put away
         if _is_importing(frame):
@@ -41,9 +44,10 @@ class Interrupts:
         """Send the signal again a little later, by a thread, to the main thread, whose waiting it ends."""
 
         def send() -> None:
-            if signal.getsignal(signal.SIGINT) == self.handle:  # else the verb has ended
+            number = self.signal or signal.SIGINT
+            if signal.getsignal(number) == self.handle:  # else the verb has ended
                 self.again = True
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
 
         timer = threading.Timer(seconds, send)
         timer.daemon = True
@@ -52,18 +56,26 @@ class Interrupts:
 
 @contextlib.contextmanager
 def heard() -> Iterator[Interrupts]:
-    """Until the block ends, Ctrl-C is raised until nothing swallows it; a process that ignores it goes on to."""
+    """Until the block ends, both signals are raised until nothing swallows them; a process that ignores one goes on to.
+
+    SIGTERM ends a worker at once: it is how the launcher stops it, which then gives its plan back.
+    """
     interrupts = Interrupts()
-    before: Any = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}
+    if not is_child():
+        usual[signal.SIGTERM] = signal.SIG_DFL
+    usual = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    if threading.current_thread() is not threading.main_thread() or not usual:
         yield interrupts
         return
-    signal.signal(signal.SIGINT, interrupts.handle)
+    for number in usual:
+        signal.signal(number, interrupts.handle)
     sys.unraisablehook = interrupts.swallowed
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
         sys.unraisablehook = interrupts.unraisable
 
 
