@@ -13,7 +13,7 @@ from typing import TypedDict, Unpack
 import torch
 
 from sensitivity.analysis.allocate.budget import Candidate, solve
-from sensitivity.analysis.allocate.kept_recommendation import files_for
+from sensitivity.analysis.allocate.kept_recommendation import files_for, moved_files
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.analysis.allocate.recommendation import Recommendation
@@ -253,7 +253,8 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
 
 def check_may_save(study: Path, budgets: Sequence[float]) -> None:
     """Raise an error if recommendations for these budgets, or their cards, would replace files of other origin."""
-    for file in files_for(study, budgets):
+    moved = moved_files(study, budgets)
+    for file in dict.fromkeys([*files_for(study, budgets), *moved, *moved.values()]):
         check_may_replace(file, why_foreign)
         check_may_replace(paths.card_file(file), why_foreign_card)
 

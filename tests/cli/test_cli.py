@@ -215,6 +215,45 @@ def test_a_budget_that_cannot_be_met_leaves_the_others_answered(
     assert run(capsys, f"recommend {mine} --bpw 1,1.5 --no-run")[0] == 2
 
 
+def test_a_plan_for_another_budget_or_without_a_run_replaces_no_verified_plan(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each budget has one file, whose name says it; plan.json is the last call's first budget."""
+    mine = tmp_path / "mine"
+    shutil.copytree(study, mine, ignore=shutil.ignore_patterns("plan*", "verify"))
+
+    def saved(name: str = "plan.json") -> tuple[float, str, bool]:
+        found = json.loads((mine / name).read_text())
+        assert found["describe"] in (mine / name).with_suffix(".md").read_text()
+        return found["budget_bpw"], found["key"], found["measured"] is not None
+
+    assert run(capsys, f"recommend {mine} --bpw 5 --top 1")[0] == 0
+    at_five = saved()
+    assert at_five[::2] == (5, True)
+    _, _, err = run(capsys, f"recommend {mine} --bpw 7 --no-run")
+    assert f"plan.json was the plan for 5 bpw, which is kept as {mine / 'plan-5bpw.json'}: plan.json is for 7 " in err
+    assert saved()[::2] == (7, False)
+    assert saved("plan-5bpw.json") == at_five
+    _, out, err = run(capsys, f"recommend {mine} --bpw 5 --no-run")
+    assert f"{mine / 'plan.json'} holds this plan for 5 bpw with its verification, which is kept" in err
+    assert "measured on examples that had no part" in out
+    assert saved() == at_five
+    assert not (mine / "plan-5bpw.json").exists()
+    assert saved("plan-7bpw.json")[::2] == (7, False)
+    # another plan is predicted to be best now
+    changed = json.loads((mine / "plan.json").read_text())
+    other = Plan.from_json({name: None if name == "vision" else one for name, one in changed["plan"].items()})
+    (mine / "plan.json").write_text(json.dumps({**changed, "plan": other.to_json(), "key": other.key}))
+    status, out, err = run(capsys, f"recommend {mine} --bpw 5 --no-run --json")
+    (note,) = (json.loads(line)["note"] for line in err.splitlines())
+    assert f"plan.json keeps the plan for 5 bpw that was verified ({other.describe()}); the one that is " in note
+    assert (status, one_object(out)["key"], one_object(out)["path"]) == (0, at_five[1], None)
+    assert saved() == (5, other.key, True)
+    # with another request, it is what was asked for
+    assert run(capsys, f"recommend {mine} --bpw 5 --no-run --floor vqa=0.1")[0] == 0
+    assert saved()[::2] == (5, False)
+
+
 @pytest.mark.slow
 def test_the_demo_and_the_demo_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole line on few examples; the second time no plan is run."""

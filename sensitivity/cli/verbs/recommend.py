@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +13,7 @@ from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.arguments.budgets import budgets_in_bpw, check_budget_flags
 from sensitivity.cli.output.progress import show_progress, show_progress_in_json, show_stages
 from sensitivity.cli.output.tables import print_answer_counts, print_recommendation, print_runtime_costs
-from sensitivity.spec.errors import Partly, UserError
+from sensitivity.spec.errors import Notice, Partly, UserError
 from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
@@ -64,10 +66,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Choose a plan for each budget, measure it, and store it in the study."""
-    from sensitivity.analysis.allocate.kept_recommendation import check_request, save
+    from sensitivity.analysis.allocate.kept_recommendation import check_request
     from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
     from sensitivity.analysis.observations import observations_of
-    from sensitivity.api.exporting import check_may_save, write_cards
+    from sensitivity.api.exporting import check_may_save
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
@@ -99,21 +101,21 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     best = recommendations()
     if times is not None:
         layer_times.save(study.path, times)
-    paths = save(study, best)
-    write_cards(study, best, paths)
+    best, places = _saved(study, best)
     ran = [_in_runtime(args, study, one, vlm, times, request) for one in best]
     notes = dict.fromkeys(note for task in request.weights for note in observations_of(study, task).notes)
     if not args.json:
         for note in notes:
             print(f"note: {note}")
-        for one, path, outcome in zip(best, paths, ran, strict=True):
+        for one, path, outcome in zip(best, places, ran, strict=True):
             _show(study, one, path, times, request, outcome)
         print_answer_counts(
             {f"{one.plan.key[:KEY_LENGTH]}, for {one.budget:.4g} bpw": _counts(study, one) for one in best}
         )
     facts = [
-        {**one.to_json(), "path": str(path), "answers": _counts(study, one), **_run_time(study, one, times, outcome)}
-        for one, path, outcome in zip(best, paths, ran, strict=True)
+        {**one.to_json(), "path": path and str(path), "answers": _counts(study, one)}
+        | _run_time(study, one, times, outcome)
+        for one, path, outcome in zip(best, places, ran, strict=True)
     ]
     result = facts[0] | {"notes": list(notes)} | ({"budgets": facts} if len(facts) > 1 or unmet else {})
     if unmet:
@@ -133,6 +135,37 @@ def _proposed(study: Study, request: PlanRequest, times: LayerTimes | None) -> t
             raise
     met, unmet = of_met(request.bpw, lambda bpw: proposed(study, replace(request, bpw=(bpw,)), times)[0])
     return replace(request, bpw=tuple(met)), list(met.values()), unmet
+
+
+def _saved(study: Study, best: Sequence[Recommendation]) -> tuple[list[Recommendation], list[Path | None]]:
+    """Save what is recommended; the recommendations to show, and their files: None for one that is not stored.
+
+    A plan that is only predicted never replaces the verified one of the same budget and request. Where both are the
+    same plan, the verified one is shown.
+    """
+    from sensitivity.analysis.allocate.kept_recommendation import instead_of, save
+    from sensitivity.api.exporting import write_cards
+
+    kept = [instead_of(study, one) if one.measured is None else None for one in best]
+    stored = [verified or one for verified, one in zip(kept, best, strict=True)]
+    files = save(study, stored)
+    write_cards(study, stored, files)
+    shown: list[Recommendation] = []
+    places: list[Path | None] = []
+    for one, verified, file in zip(best, kept, files, strict=True):
+        same = verified is None or verified.plan == one.plan
+        shown.append(verified if verified and same else one)
+        places.append(file if same else None)
+        if verified and same:
+            message = f"{file} holds this plan for {one.budget:.4g} bpw with its verification, which is kept"
+            warnings.warn(message, Notice, stacklevel=3)
+        elif verified:
+            message = (
+                f"{file} keeps the plan for {one.budget:.4g} bpw that was verified ({verified.plan.describe()}); the "
+                "one that is predicted to be best now is not stored: without --no-run, it is verified, too"
+            )
+            warnings.warn(message, Notice, stacklevel=3)
+    return shown, places
 
 
 def _model(args: argparse.Namespace, study: Study) -> VLM | None:
@@ -156,16 +189,17 @@ def _model(args: argparse.Namespace, study: Study) -> VLM | None:
 
 
 def _show(
-    study: Study, one: Recommendation, path: Path, times: LayerTimes | None, request: PlanRequest,
+    study: Study, one: Recommendation, path: Path | None, times: LayerTimes | None, request: PlanRequest,
     outcome: InRuntime | None,
 ) -> None:  # fmt: skip
-    """Print a recommendation, its costs in the runtime, and its files."""
+    """Print a recommendation, its costs in the runtime, and its files, if it was stored."""
     print_recommendation(one)
     if times is not None and times.knows(study.parts, one.plan):
         print_runtime_costs(one.plan, study.parts, times, request.limits)
     if outcome is not None:
         print(f"  {outcome.words}")
-    print(f"  plan: {path}; its model card: {path.with_suffix('.md')}")
+    if path is not None:
+        print(f"  plan: {path}; its model card: {path.with_suffix('.md')}")
 
 
 def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
@@ -214,7 +248,7 @@ def _run_time(
 
 
 def _counts(study: Study, one: Recommendation) -> list[dict[str, object]]:
-    """How many answers a recommended plan changed, left empty or cut off; empty if this call did not have it run."""
+    """How many answers a recommended plan changed, left empty or cut off; empty if it was not run."""
     from sensitivity.analysis.failures.changes import study_of
 
     return study_of(study, one.plan).counts_by_kind(one.plan) if one.measured else []
