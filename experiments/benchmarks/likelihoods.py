@@ -20,7 +20,7 @@ from experiments.benchmarks.quick_plans import ASKED, SEVEN, TABLE, TESTED, budg
 from sensitivity import inspect, load
 from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.likelihood import link
-from sensitivity.api.planning import scored
+from sensitivity.api.scoring import scored
 from sensitivity.api.sweeping import sweep
 from sensitivity.spec.files import overwrite
 

@@ -25,8 +25,9 @@ from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
-from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, scored, search_examples
+from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, search_examples
 from sensitivity.api.recommending import begin_recommendation, recommend_each
+from sensitivity.api.scoring import scored
 from sensitivity.api.sweeping import begin_sweep, sweep, with_calibration
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap

@@ -25,8 +25,8 @@ from experiments.benchmarks.quick_plans import TABLE as SWEPT
 from sensitivity import inspect, load, sweep
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
-from sensitivity.api.planning import scored
 from sensitivity.api.recommending import recommend_each
+from sensitivity.api.scoring import scored
 from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.attribution.calibrated import Scores
 from sensitivity.spec.files import overwrite

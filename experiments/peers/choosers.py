@@ -14,7 +14,8 @@ from experiments.benchmarks.quick_plans import BITS, Asked, budgets, by_plan, by
 from experiments.peers.autoround import delta_loss
 from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import Scores, optimum
-from sensitivity.api.planning import MAX_EVALUATIONS, scored
+from sensitivity.api.planning import MAX_EVALUATIONS
+from sensitivity.api.scoring import scored
 from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.measure.attribution.blame import blame_of
 from sensitivity.measure.attribution.calibrated import Calibrated

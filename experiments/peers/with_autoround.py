@@ -29,7 +29,7 @@ from scipy import stats
 
 from experiments.peers.autoround import delta_loss
 from sensitivity import inspect, load, scheme
-from sensitivity.api.planning import scored
+from sensitivity.api.scoring import scored
 from sensitivity.measure.attribution.calibrated import Scores
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.spec.files import overwrite

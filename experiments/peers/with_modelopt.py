@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 from sensitivity import inspect, load, scheme
-from sensitivity.api.planning import scored
+from sensitivity.api.scoring import scored
 from sensitivity.measure.gradients.backward import answer_loss
 from sensitivity.measure.passes.token_batches import calibration_pass
 from sensitivity.spec.files import overwrite

@@ -20,14 +20,11 @@ from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.search.openings import openings_then_proposals
-from sensitivity.api.sweeping import CACHE_GB, SweepOptions, begin_sweep, path_for, with_calibration
+from sensitivity.api.sweeping import SweepOptions, begin_sweep, path_for
 from sensitivity.measure.attribution.calibrated import Calibrated
-from sensitivity.measure.attribution.scores import Attribution, attribute
+from sensitivity.measure.attribution.scores import Attribution
 from sensitivity.measure.attribution.weight_errors import groups_that_fit
-from sensitivity.measure.calibrate.cache import Cache, cache_folder
-from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.loop import Step, data_flow_order
-from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Notice, UserError
@@ -52,37 +49,6 @@ MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer wou
 ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
 MORE = 40  # trials that are advised where a plan loses more than that; beyond, a sweep is
 EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Cheap scores of every component at every scheme, and what they were computed from."""
-
-    schemes: list[Scheme]  # with their calibration data in their settings
-    given: Calibrated
-    scores: list[Attribution]
-
-
-def scored(
-    vlm: VLM,
-    parts: ComponentMap,
-    schemes: Sequence[Scheme],
-    tasks: Sequence[str],
-    names: Sequence[str],
-    n: int = 128,
-    seed: int = 0,
-    against: Iterable[Task] = (),
-    cache_gb: float = CACHE_GB,
-) -> Scored:
-    """Calibrate on n examples of the tasks' calibration splits, and compute some of SCORES."""
-    against = list(against)
-    named, statistics = with_calibration(vlm, parts, schemes, tasks, n, seed, "float", against, cache_gb)
-    if statistics is None:  # the methods need none, the scores do
-        cache = Cache(cache_folder(), cache_gb) if cache_gb > 0 else None
-        statistics = calibration_statistics(vlm, parts, tasks, n, seed, "float", against, cache)
-    data = calibration_examples(tasks, n, seed)
-    given = Calibrated(vlm, parts, named, statistics, lambda rows: answer_batches(vlm, data, rows))
-    return Scored(named, given, attribute(given, names))
 
 
 def opening_scores(tasks: Sequence[Task], parts: ComponentMap, schemes: Sequence[Scheme]) -> tuple[str, ...]:
@@ -278,6 +244,13 @@ def was_found(out: Path, request: PlanRequest) -> bool:
     study = Study(out)
     saved, asked = recommended(study), replace(request, weights=weights_of(study)).to_json()
     return bool(saved) and all(one.measured and one.provenance.get("asked") == asked for one in saved)
+
+
+def goes_on(out: Path, request: PlanRequest) -> bool:
+    """Whether the search that found a study's plans would measure further ones, had it trials left."""
+    study = Study(out)
+    known = {trial.key for trial in study.trials()}
+    return any(plan.key not in known for plan in proposal(study, replace(request, weights=weights_of(study))))
 
 
 def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:

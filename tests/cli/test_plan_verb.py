@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from sensitivity import scheme
 from sensitivity.analysis.allocate.kept_recommendation import recommended
 from sensitivity.api import explaining, planning
 from sensitivity.cli import main as cli
+from sensitivity.measure.attribution import calibrated
+from sensitivity.measure.gradients.first_order import gather
+from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
 
 MODEL = "embedded:scenes-llava"
@@ -86,6 +90,34 @@ def test_fewer_examples_decide_than_verify(
     assert found["fresh_examples"]
     again, _ = run(capsys, f"recommend {folder / 'few'} --bpw 4 --top 1 --json")
     assert again["measured"]["n"] == 12
+
+
+def test_scores_are_kept_for_the_same_settings(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the budget; and what they say of the calibration data is said again."""
+    passes: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        passes.append(1)
+        return gather(*given)
+
+    monkeypatch.setattr(calibrated, "gather", counted)
+    line = f"{PLAN} --out {folder / 'kept'}".replace("--trials 6", "--trials 2 --top 1")
+    found, told = run(capsys, line.replace("-n 4", "-n 5"))
+    computed = len(passes)
+    again, retold = run(capsys, line.replace("-n 4", "-n 5"))
+    assert (len(passes), again["scores"]) == (computed, found["scores"])
+    easier = [line for line in told.splitlines() if "the loss on calibration data is" in line]
+    assert len(easier) == 1
+    assert easier[0] in retold
+    assert [one["key"] for one in again["budgets"]] == [one["key"] for one in found["budgets"]]
+    run(capsys, line.replace("-n 4", "-n 5").replace("4,3", "5"))
+    assert len(passes) == computed > 0
+    run(capsys, f"{line.replace('-n 4', '-n 5')} --cache-gb 0")
+    run(capsys, line.replace("-n 4", "-n 6"))
+    run(capsys, line.replace("-n 4", "-n 5").replace("2,3,4,8", "2,3,4"))
+    assert len(passes) == 4 * computed
 
 
 def test_time_is_limited_and_there_is_a_plan_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +220,9 @@ def test_what_moved_each_number_of_a_box(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("briefly_timed")
-def test_a_forecast_of_a_plan_that_was_found_is_of_its_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_forecast_of_a_plan_that_was_found_is_of_what_is_left(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = f"{PLAN} --out {folder / 'again'}".replace("--trials 6", "--trials 2")
     new, _ = run(capsys, f"{line} --dry-run")
     made, _ = run(capsys, line)
@@ -197,7 +231,16 @@ def test_a_forecast_of_a_plan_that_was_found_is_of_its_scores(folder: Path, caps
     assert (new["measured"], left["measured"]) == (0, made["plans_measured"] + verified)
     assert left["plans"] == 0, "all trials have run, and what was found is verified"
     assert (new["found"], left["found"]) == (False, True)
-    assert left["seconds"]["gradients"] > 0
+    assert new["seconds"]["gradients"] > left["seconds"]["gradients"] == 0, "scores are kept"
+    monkeypatch.setattr(planning, "proposal", lambda *_: [])
+    more, _ = run(capsys, f"{line.replace('--trials 2', '--trials 9')} --dry-run")
+    assert more["plans"] == 0, "no further plan promises a gain"
+    assert more["measured"] == made["plans_measured"] + verified
+    monkeypatch.setattr(planning, "proposal", lambda study, _: [Plan.uniform(study.parts, scheme("rtn", 7))])
+    more, _ = run(capsys, f"{line.replace('--trials 2', '--trials 9')} --dry-run")
+    assert more["plans"] == 7, "as many as there may be"
+    forgetful, _ = run(capsys, f"{line.replace('-n 4', '-n 7')} --dry-run")
+    assert forgetful["seconds"]["gradients"] > 0
     other, _ = run(capsys, f"{line.replace('--bpw 4,3', '--bpw 5,3')} --dry-run")
     assert other["plans"] > 0
     assert not other["found"], "for other budgets, others may have to be verified"

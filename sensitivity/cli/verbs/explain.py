@@ -98,7 +98,8 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
         check_writable,
         save_attributions,
     )
-    from sensitivity.api.planning import check_float_path, scored
+    from sensitivity.api.planning import check_float_path
+    from sensitivity.api.scoring import scored
     from sensitivity.measure.attribution import checks as score_checks
     from sensitivity.measure.generate.batches import check_tasks_fit
 

@@ -19,7 +19,7 @@ from sensitivity.spec.errors import Partly
 if TYPE_CHECKING:
     from sensitivity.analysis.allocate.kept_recommendation import Proposed
     from sensitivity.analysis.allocate.request import PlanRequest
-    from sensitivity.api.planning import Scored
+    from sensitivity.api.scoring import Scored
     from sensitivity.models.vlm import VLM
     from sensitivity.spec.components import ComponentMap
     from sensitivity.spec.plan import Scheme
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         begin_plan,
         meetable,
         opening_scores,
-        scored,
         search_examples,
         warn_if_calibration_is_easier,
         warn_if_scores_misjudge,
     )
+    from sensitivity.api.scoring import scored
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     vlm, parts, tasks = loaded(args)
@@ -182,7 +182,8 @@ def _forecast(
 ) -> dict[str, object]:
     """Forecast the cost of scoring and of all plans that may be run; random plans stand in for them."""
     from sensitivity.analysis.search.plan_lists import plans
-    from sensitivity.api.planning import opening_scores, search_examples, was_found
+    from sensitivity.api.planning import goes_on, opening_scores, search_examples, was_found
+    from sensitivity.api.scoring import scores_are_kept
     from sensitivity.api.sweeping import keys_of_measured
     from sensitivity.measure.forecast.forecast import forecast_sweep
     from sensitivity.study.storage.paths import is_study, verification_folder
@@ -194,17 +195,22 @@ def _forecast(
     most = verified if found else 1 + (args.top + 1) * len(request.bpw)
     measured = len(keys_of_measured(args.out, args.task, n, args.seed))
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
-    searched, left = (-(-count * n // args.n) for count in (args.trials, max(args.trials - measured, 0)))
+    trials = measured if found and not goes_on(args.out, request) else max(args.trials, measured)
+    searched, left = (-(-count * n // args.n) for count in (trials, trials - measured))
     done = searched - left + min(verified, most)
     listed = plans(parts, requested, "random", searched + most, args.seed)
     assert isinstance(listed, list)
     options = {"device": args.device, "dtype": args.dtype, "calibration": args.calibration_n, "cache_gb": args.cache_gb}
+    names = opening_scores(tasks, parts, requested)
+    data = args.calibration or args.task
+    kept = args.out, parts, requested, data, names, args.calibration_n, args.seed, args.cache_gb, args.device
     predicted = forecast_sweep(
-        vlm, parts, listed, tasks, **options, scores=opening_scores(tasks, parts, requested),
+        vlm, parts, listed, tasks, **options, scores=() if scores_are_kept(*kept) else names,
         measured=[plan.key for plan in listed[:done]],
     )  # fmt: skip
     if not args.json:
         if found:
-            print("what was asked is found and verified already; plans run only where others now promise a gain")
+            more = "plans run only where others now promise a gain" if left else "no plan is left to run"
+            print(f"what was asked is found and verified already; {more}")
         print_forecast(predicted)
     return predicted.to_json() | {"found": found}

@@ -158,7 +158,7 @@ def _calibrated(
     args: argparse.Namespace, vlm: VLM, parts: ComponentMap, requested: list[Scheme], tasks: Sequence[Task]
 ) -> tuple[list[Scheme], Statistics | None, list[Attribution]]:
     """The schemes with their calibration data, the statistics that they need, and the scores that were asked for."""
-    from sensitivity.api.planning import scored
+    from sensitivity.api.scoring import scored
     from sensitivity.api.sweeping import with_calibration
 
     data, n = args.calibration or args.task, args.calibration_n

@@ -60,11 +60,13 @@ class Attribution:
     """One row of SCORES, computed: the score of each component at each scheme, and its cost in CPU seconds.
 
     The cost of what several scores share (errors of weights, a backward pass) is counted in full for each of them.
+    kept: whether it was computed by an earlier run, which had this cost.
     """
 
     name: str
     scores: Scores
     seconds: float
+    kept: bool = False
 
 
 def attribute(calibrated: Calibrated, names: Sequence[str]) -> list[Attribution]:

@@ -63,7 +63,7 @@ def calibration_statistics(
     check_path(path)
     data = calibration_examples(tasks, n, seed)
     check_disjoint(data, list(against))
-    facts = _facts(tasks, data, seed, path)
+    facts = calibration_facts(tasks, data, seed, path)
 
     def find_absorbers() -> Mapping[str, Absorber]:
         one_example = [replace(data[0], examples=data[0].examples[:1])]
@@ -93,7 +93,7 @@ def calibration_statistics(
     return Statistics(facts, gathers.pop(UNIFORM), find_absorbers, cache, gathers, fisher, origin, passes)
 
 
-def _facts(tasks: Sequence[str], data: Sequence[Task], seed: int, path: str) -> dict[str, Setting]:
+def calibration_facts(tasks: Sequence[str], data: Sequence[Task], seed: int, path: str) -> dict[str, Setting]:
     """What schemes record of their calibration."""
     return {
         "calibration": ",".join(dict.fromkeys(tasks)),
