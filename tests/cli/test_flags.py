@@ -412,7 +412,7 @@ def there(place: Path, scenes_llava: Any, monkeypatch: pytest.MonkeyPatch) -> Pa
         ("api.sweeping", "begin_sweep"),
         ("measure.forecast.forecast", "forecast_sweep"),
         ("api.recommending", "begin_recommendation"),
-        ("api.planning", "scored"),
+        ("api.scoring", "scored"),
         ("api.explaining", "explain_plan"),
         ("measure.speculation", "acceptance"),
         ("api.finding_causes", "begin_causes"),
