@@ -15,6 +15,7 @@ from typing import TypedDict
 
 import torch
 
+from sensitivity.analysis.comparing.sides import plan_of
 from sensitivity.analysis.failures.damage_places import id_in_task
 from sensitivity.analysis.failures.gallery import changed
 from sensitivity.api.attribution_file import check_scores_apply
@@ -28,19 +29,17 @@ from sensitivity.measure.gradients.path_integral import MAX_PASSES, TOLERANCE, P
 from sensitivity.measure.passes.token_batches import answer_batches
 from sensitivity.models.processors import square_seen
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import Notice, UserError, shell_word
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import finite, write_atomically
-from sensitivity.spec.plan import KEY_LENGTH, Plan
+from sensitivity.spec.plan import Plan
 from sensitivity.study.examples.questions import tasks_of
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
-from sensitivity.study.trial import Trial
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import task as find_task
 
 # of each number of a box: a plan makes some tokens likelier and others less so, and what is left of that is small
 NUMBER_TOLERANCE, NUMBER_PASSES = 0.05, 18
-MAX_NAMED = 6  # most plans that a message names
 
 
 class DrawnExamples(TypedDict):
@@ -116,28 +115,12 @@ class Explanation:
         }
 
 
-def trial_of(study: Study, wanted: str) -> Trial:
-    """The measured trial that a number, a key or the beginning of a key names; it may be one of the verification."""
-    trials = study.measured()
-    matching = [one for one in trials if str(one.number) == wanted]
-    matching = matching or [one for one in trials if one.key.startswith(wanted)]
-    if not matching and paths.is_study(fresh := paths.verification_folder(study.path)):
-        matching = [one for one in Study(fresh).measured() if one.key.startswith(wanted)]
-    if len({one.key for one in matching}) != 1:
-        why = "several plans have keys that begin with" if matching else "no plan of this study has the number or key"
-        raise UserError(f"{why} '{wanted}'; {_numbers_and_keys(study, matching or trials)}")
-    if matching[0].plan.is_native:
+def plan_to_explain(study: Study, wanted: str) -> Plan:
+    """The measured plan that a number or the beginning of a key names; it may be one of the verification."""
+    plan = plan_of(study, wanted)[1]
+    if plan.is_native:
         raise UserError("full precision has no damage to explain; choose a plan that quantizes something")
-    return matching[0]
-
-
-def _numbers_and_keys(study: Study, trials: Sequence[Trial]) -> str:
-    """The plans that could be explained, by number and key: the first of many, and where the others are listed."""
-    plans = {one.key: one.number for one in trials if not one.plan.is_native}
-    named = ", ".join(f"{number} {key[:KEY_LENGTH]}" for key, number in list(plans.items())[:MAX_NAMED])
-    more = f" and {len(plans) - MAX_NAMED} more" if len(plans) > MAX_NAMED else ""
-    every = f"`sensitivity table {shell_word(study.path)} --out plans.csv` lists all"
-    return f"plans by number and key: {named}{more} ({every})"
+    return plan
 
 
 def tasks_to_explain(study: Study, asked: Sequence[str] = ()) -> list[str]:

@@ -28,7 +28,7 @@ from sensitivity.study.storage.opening import close, open_storage
 from sensitivity.study.storage.process_lock import held
 from sensitivity.study.stored_trials import StoredTrials
 from sensitivity.study.table import row
-from sensitivity.study.trial import ABANDONED, NATIVE, RunFacts, Trial, TrialReader
+from sensitivity.study.trial import ABANDONED, NATIVE, RunFacts, Trial, TrialReader, numbers_and_keys
 
 
 class Study:
@@ -268,14 +268,16 @@ class Study:
                 return trial.plan
         raise UserError(f"{self.path} has no trial {number}")
 
-    def plan_named(self, key: str) -> Plan:
-        """The one measured plan whose key begins with this text."""
-        matching = {trial.key: trial.plan for trial in self.measured() if key and trial.key.startswith(key)}
-        if len(matching) != 1:
-            what = f"{len(matching)} plans whose keys begin with {key}" if matching else f"no measured plan {key}"
-            remedy = f"`sensitivity table {shell_word(self.path)} --out plans.csv` lists all keys"
-            raise UserError(f"{self.path} has {what}; {remedy}")
-        return next(iter(matching.values()))
+    def plan_named(self, wanted: str) -> Plan:
+        """The one measured plan whose trial has this number, or whose key begins with this text."""
+        trials = self.measured()
+        fitting = {trial.key: trial for trial in trials if trial.fits(wanted)}
+        if len(fitting) != 1:
+            what = f"several plans with the number or key '{wanted}'" if fitting else f"no measured plan '{wanted}'"
+            every = f"`sensitivity table {shell_word(self.path)} --out plans.csv` lists all"
+            listed = numbers_and_keys(list(fitting.values()) or trials)
+            raise UserError(f"{self.path} has {what}; plans by number and key: {listed} ({every})")
+        return next(iter(fitting.values())).plan
 
     def examples(self, plan: Plan) -> pd.DataFrame | None:
         """Per-example scores of a measured plan; None where only the means are known (an imported table).

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sensitivity.spec import schema
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import KEY_LENGTH, Plan
 from sensitivity.spec.runtimes.rules import size_for
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import SizeJson
@@ -25,6 +25,7 @@ from sensitivity.study.scores import TaskScore
 
 NATIVE = 16  # the 'bits' of a component at native precision, as an Optuna parameter and in tables
 REPAIR = "restore a copy of the study, or sweep into another --out"  # the end of messages about a damaged study
+MAX_NAMED = 6  # most plans that a message names
 ABANDONED = (TrialState.FAIL, TrialState.PRUNED)  # pruned: queued twice; failed: given up, or its answers were lost
 
 
@@ -83,6 +84,14 @@ class Trial:
         """Whether the trial waits or runs."""
         return self.state in (TrialState.WAITING, TrialState.RUNNING)
 
+    def fits(self, wanted: str) -> bool:
+        """Whether a user's text is the trial's number, or the beginning of its plan's key.
+
+        Up to three digits are a number alone, since in any study of some size they begin another plan's key, too.
+        """
+        is_key = len(wanted) > 3 or (wanted != "" and not wanted.isdecimal())
+        return wanted == str(self.number) or (is_key and self.key.startswith(wanted))
+
     @property
     def has_answers(self) -> bool:
         """Whether per-example answers were stored; an imported trial has mean scores alone."""
@@ -136,6 +145,13 @@ def finished(trial: Trial, distributions: Mapping[str, BaseDistribution]) -> Fro
 
 def _attributes(trial: Trial) -> dict[str, object]:
     return {"key": trial.key, "plan": trial.plan.to_json(), **_changes(Trial.of(trial.plan), trial)}
+
+
+def numbers_and_keys(trials: Iterable[Trial]) -> str:
+    """Plans by number and key, for a message: the first ones, and how many more there are."""
+    plans = {trial.key: trial.number for trial in trials}
+    named = ", ".join(f"{number} {key[:KEY_LENGTH]}" for key, number in list(plans.items())[:MAX_NAMED])
+    return named + (f" and {len(plans) - MAX_NAMED} more" if len(plans) > MAX_NAMED else "")
 
 
 class TrialReader:

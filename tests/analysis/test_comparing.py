@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import answered
@@ -13,7 +14,7 @@ import pytest
 from answered import FOUR, NATIVE, TWO
 from browser import browser
 
-from sensitivity.analysis.comparing.sides import both_sides, side
+from sensitivity.analysis.comparing.sides import both_sides, plan_of, side
 from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare_sides
 from sensitivity.analysis.failures.changes import changed_answers
 from sensitivity.cli.main import main
@@ -21,6 +22,7 @@ from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
+from sensitivity.study.trial import Trial
 from sensitivity.tasks.examples.types import Example, Task, exact
 from sensitivity.tasks.table import task
 
@@ -272,14 +274,41 @@ def test_of_many_plans_that_both_measured_those_are_shown_that_differ_most(tmp_p
     assert [row for row in same.shown if row.what == SAME] == [], "equal scores need no row"
 
 
+def test_a_plan_is_named_by_its_number_or_how_its_key_begins(tmp_path: Path) -> None:
+    plans = [NATIVE, *(planted.plan(planted.PARTS, [bits, 4, 4]) for bits in range(1, 9))]
+    study = answered.study(tmp_path / "run", [task("vqa", n=4)], worse(4), ["vqa"], n=4, plans=plans)
+    assert NATIVE.key.startswith("3")  # which is not what 3 names
+    for number, plan in enumerate(plans):
+        for wanted in (str(number), plan.key[:8], plan.key):
+            assert side(f"{study.path}:{wanted}").plan == plan_of(study, wanted)[1] == plan
+    with pytest.raises(UserError, match=r"several plans with the number or key 'd'; plans .*: 3 d.*, 8 d"):
+        plan_of(study, "d")
+    # trials of the verification have numbers of their own, which nobody means who names the study
+    more = [*plans, *(planted.plan(planted.PARTS, [4, 4, bits]) for bits in range(1, 9))]
+    answered.study(paths.verification_folder(study.path), [task("vqa", n=4)], worse(4), ["vqa"], n=4, plans=more)
+    with pytest.raises(UserError, match="has no measured plan '16'"):
+        plan_of(study, "16")
+    assert plan_of(study, more[-1].key[:6])[1] == more[-1]
+
+
+def test_a_number_of_four_digits_may_fit_two_plans_and_a_shorter_one_never_is_a_key() -> None:
+    numbered, keyed = (replace(Trial.of(NATIVE), number=number, key=key) for number, key in ((3175, "a"), (1, "3175")))
+    assert numbered.fits("3175")
+    assert keyed.fits("3175")
+    assert not keyed.fits("317")
+    assert keyed.fits("1")
+
+
 def test_what_cannot_be_compared_is_said(pair: tuple[Study, Study], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is neither a study nor STUDY:KEY"):
         side("gone:abc")
-    with pytest.raises(UserError, match="has no measured plan abc"):
+    with pytest.raises(UserError, match="is neither a study nor STUDY:KEY"):
+        side(f"{pair[0].path}:")
+    with pytest.raises(UserError, match="has no measured plan 'abc'"):
         side(f"{pair[0].path}:abc")
     verified = answered.study(tmp_path / "verified", [task("vqa", n=4)], worse(4), ["vqa"], n=4)
     answered.study(paths.verification_folder(verified.path), [task("vqa", n=4)], worse(4), ["vqa"], n=4)
-    with pytest.raises(UserError, match=f"^{re.escape(str(verified.path))} has no measured plan abc"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(verified.path))} has no measured plan 'abc'"):
         side(f"{verified.path}:abc")  # who named a study is not told of the one in its folder
     table = planted.study(tmp_path / "table", {"vqa": planted.product}, levels=(4, 16))
     with pytest.raises(UserError, match="hold no answers that could be compared"):

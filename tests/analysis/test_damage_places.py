@@ -133,10 +133,10 @@ def test_a_loss_that_falls_is_not_said_to_rise_and_zeros_have_no_sign(capsys: py
 
 def test_a_plan_is_found_by_its_number_or_by_as_much_of_its_key_as_is_its_own(tmp_path: Path) -> None:
     study = answered.study(tmp_path / "run", [task("vqa", n=4)], given, ["vqa"], n=4)
-    for wanted in ("2", TWO.key[:2], TWO.key):
-        assert explaining.trial_of(study, wanted).key == TWO.key
-    with pytest.raises(UserError, match=rf"key 'zz'; plans by number and key: 1 {FOUR.key[:8]}, 2 {TWO.key[:8]}"):
-        explaining.trial_of(study, "zz")
+    for wanted in ("2", TWO.key[:4], TWO.key):
+        assert explaining.plan_to_explain(study, wanted).key == TWO.key
+    with pytest.raises(UserError, match=rf"plan 'zz'; plans by .* key: 0 .*, 1 {FOUR.key[:8]}, 2 {TWO.key[:8]} \("):
+        explaining.plan_to_explain(study, "zz")
 
 
 def test_only_failures_of_the_requested_tasks_are_explained(tmp_path: Path) -> None:

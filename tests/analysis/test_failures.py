@@ -324,7 +324,7 @@ def test_the_verb(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "it is not a page that sensitivity wrote" in capsys.readouterr().err
     assert page.read_text() == "<p>mine</p>"
     assert main(["failures", str(study.path), "--plan", "zz"]) == 2
-    assert "has no measured plan zz; `sensitivity table" in capsys.readouterr().err
+    assert "has no measured plan 'zz'; plans by number and key: " in capsys.readouterr().err
     assert main(["failures", str(study.path)]) == 0  # without a recommendation, the low end of the frontier
 
 

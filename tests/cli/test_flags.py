@@ -233,7 +233,7 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("explain MODEL --out new --scores grams", "unknown score 'grams'"),
     ("explain MODEL --out new --scores gram,fisher --task retrieval", "no answers in words to take a loss of"),
     ("explain study", "still needed: --plan, the number or key of a plan; `sensitivity table study --out plans.csv`"),
-    ("explain study --plan 999", "no plan of this study has the number or key '999'; plans by number and key: 1 "),
+    ("explain study --plan 999", "study has no measured plan '999'; plans by number and key: 0 "),
     ("explain study --plan 1 --task caption", "study has not measured caption; choose from vqa"),
     ("explain nowhere --plan 1", "no study at nowhere"),
     ("explain why --plan 1", "no study at why"),

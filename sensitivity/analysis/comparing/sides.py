@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,23 +36,23 @@ def side(text: str) -> Side:
         return Side(Study(whole))
     name, colon, key = text.rpartition(":")
     folder = Path(name).expanduser()
-    if not colon or not paths.is_study(folder):
-        raise UserError(f"{text} is neither a study nor STUDY:KEY, a plan of one by its key")
+    if not colon or not key or not paths.is_study(folder):
+        raise UserError(f"{text} is neither a study nor STUDY:KEY, a plan of one by its number or key")
     return Side(*plan_of(Study(folder), key))
 
 
-def plan_of(study: Study, key: str) -> tuple[Study, Plan]:
-    """The plan whose key begins with `key`, and the study that measured it: this one, or that of its verification."""
+def plan_of(study: Study, wanted: str) -> tuple[Study, Plan]:
+    """The plan that a number or the beginning of a key names, and the study that measured it.
+
+    That is this one, or else that of its verification, whose plans are named by key alone.
+    """
     fresh = paths.verification_folder(study.path)
-    try:
-        return study, study.plan_named(key)
-    except UserError:
-        # where neither has it, the error is that of the study which was named
-        if paths.is_study(fresh):
-            with contextlib.suppress(UserError):
-                verified = Study(fresh)
-                return verified, verified.plan_named(key)
-        raise
+    if not any(trial.fits(wanted) for trial in study.measured()) and paths.is_study(fresh):
+        verified = Study(fresh)
+        keys = {trial.key for trial in verified.measured() if trial.key.startswith(wanted)}
+        if len(keys) == 1:
+            return verified, verified.plan_named(keys.pop())
+    return study, study.plan_named(wanted)
 
 
 def both_sides(a_text: str, b_text: str) -> tuple[Side, Side]:

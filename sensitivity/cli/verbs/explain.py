@@ -131,7 +131,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
 def _plan(args: argparse.Namespace) -> dict[str, object]:
     """Explain a measured plan."""
     from sensitivity.analysis.failures.changes import study_of
-    from sensitivity.api.explaining import explain_plan, save_explanation, tasks_to_explain, trial_of
+    from sensitivity.api.explaining import explain_plan, plan_to_explain, save_explanation, tasks_to_explain
     from sensitivity.models.loading import device_of, dtype_of, load
     from sensitivity.study.storage.location import check_stores
     from sensitivity.study.study import Study
@@ -147,15 +147,15 @@ def _plan(args: argparse.Namespace) -> dict[str, object]:
     device_of(args.device)
     dtype_of(args.dtype)
     study = Study(Path(args.source).expanduser())
-    trial = trial_of(study, args.plan)
+    plan = plan_to_explain(study, args.plan)
     if "fingerprint" not in study.meta:
         raise UserError(f"{args.source} was imported from a table, and there is no model to explain its plans with")
     check_stores(study.path)
     tasks = tasks_to_explain(study, args.task if "task" in getattr(args, "given", ()) else ())
     vlm = load(str(study.meta["model"]), device=args.device, dtype=args.dtype or study.meta["dtype"])
     n, failures = args.failures or args.calibration_n, args.failures is not None
-    measured_in = study_of(study, trial.plan) if failures else study
-    explained = explain_plan(vlm, measured_in, trial.plan, n, tasks, args.cache_gb, failures)
+    measured_in = study_of(study, plan) if failures else study
+    explained = explain_plan(vlm, measured_in, plan, n, tasks, args.cache_gb, failures)
     file = save_explanation(study, explained, tasks)
     if not args.json:
         print_explanation(explained)

@@ -29,7 +29,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--plan",
         type=values.name,
         metavar="KEY",
-        help="a plan's key, or its beginning (default: the recommended one, or else the smallest on the frontier)",
+        help="a plan's number, or how its key begins (default: the recommended one, or else the smallest on the"
+        " frontier)",
     )
     p.add_argument("--task", type=values.name, metavar="T", help="only examples of this task")
     p.add_argument("--kind", type=values.name, metavar="K", help="only questions of this kind")
@@ -121,14 +122,14 @@ def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
     show_progress(begin_causes(vlm, study, plan, failed), "putting parts back")
 
 
-def _plan(study: Study, key: str | None) -> Plan:
-    """The plan with this key; without one, the recommended plan, or else the smallest quantized one on the frontier."""
+def _plan(study: Study, wanted: str | None) -> Plan:
+    """The plan that is named, or else the recommended one, or the smallest quantized one on the frontier."""
     from sensitivity.analysis.allocate.kept_recommendation import recommended
     from sensitivity.analysis.comparing.sides import plan_of
     from sensitivity.study.racing import frontier_trials
 
-    if key is not None:
-        return plan_of(study, key)[1]
+    if wanted is not None:
+        return plan_of(study, wanted)[1]
     if recommendations := recommended(study):
         return recommendations[0].plan
     best = [trial.plan for trial in frontier_trials(study.measured(), study.tasks[0]) if not trial.plan.is_native]
