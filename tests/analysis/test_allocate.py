@@ -218,6 +218,13 @@ def test_limits_hold_by_construction(two_tasks: Study) -> None:
 def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
     with pytest.raises(UserError, match=r"no measured plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
         solve(two_tasks, bpw=1.0)
+    for limits, advice in (
+        ({"allowed": lambda name, choice: name != "vision" or choice is None}, r"allow lower widths \(--allow\)"),
+        ({"allowed": lambda name, choice: choice is not None}, r"sweep lower widths \(--bits\)"),
+        ({"loadable": lambda name, choice: choice is None}, r"sweep lower widths \(--bits\)"),
+    ):
+        with pytest.raises(UserError, match=f"^no measured plan fits 1.00 bpw .*; ask for more, or {advice}$"):
+            solve(two_tasks, bpw=1.0, **limits)
     with pytest.raises(
         UserError, match=r"predicted to keep grounding at 99% of full precision; by prediction, that takes \d+\.\d+ bpw"
     ):

@@ -13,18 +13,17 @@ import numpy as np
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted, mean_of
 from sensitivity.analysis.allocate.one_by_one import best_of_compared
 from sensitivity.analysis.allocate.program import GAP, Program
-from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, cost_in_words
+from sensitivity.analysis.allocate.unmet import infeasible
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.limits import Allowed
+from sensitivity.spec.limits import Allowed, intersection
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import Size, bits_in_bytes, budget_bits, bytes_in_words
+from sensitivity.spec.sizes import Size, bits_in_bytes, budget_bits
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
 Found = TypeVar("Found")
-NO_PLAN = "no measured plan"  # the subject of a sentence on a budget that no plan fits
 # weighted mean shares of full precision that differ by less count as equal: predictions are far less sure
 TIE = 1e-5
 MOST = 8  # plans that are looked at beyond those asked for: where so many are nearly equal, hundreds are
@@ -65,12 +64,14 @@ def solve(
     tied: Sequence[Sequence[str]] = (),
     top: int = 3,
     knapsack: Knapsack | None = None,
+    loadable: Allowed | None = None,
 ) -> list[Candidate]:
     """The best few plans for each budget, best first; nothing is measured.
 
     bpw or bytes: one budget or several. tasks: those whose shares of full precision count, equally or by `weights`;
     the study's first by default. floors: task -> share of full precision that must be kept. allowed: which choices a
-    component may have. tied: components that must share their scheme. knapsack: one that was built before.
+    component may have, and loadable: which a runtime can load. tied: components that must share their scheme. knapsack:
+    one that was built before.
     """
     weights = dict(weights or dict.fromkeys(tasks or study.tasks[:1], 1.0))
     for name in (*weights, *(floors or {})):
@@ -85,7 +86,7 @@ def solve(
     return [
         candidate
         for budget, asked in budgets_in_bits(study.parts, bpw, bytes)
-        for candidate in spend(knapsack, budget, weights, floors, allowed, tied, top, asked)
+        for candidate in spend(knapsack, budget, weights, floors, allowed, tied, top, asked, loadable)
     ]
 
 
@@ -130,12 +131,13 @@ def spend(
     tied: Sequence[Sequence[str]] = (),
     top: int = 3,
     asked: float | None = None,
+    loadable: Allowed | None = None,
 ) -> list[Candidate]:
     """The best few plans of at most so many bits, by the weighted mean of the tasks' shares of full precision.
 
     `asked` is the budget in bits per weight as the user gave it, which candidates keep and reports show.
     """
-    program = Program(knapsack, allowed, tied)
+    program = Program(knapsack, intersection(loadable, allowed), tied)
     program.at_most(budget - knapsack.kept)
     program.limit_run_time()
     if not all(knapsack.models[task].is_formula for task in {*weights, *(floors or {})}):
@@ -148,7 +150,7 @@ def spend(
         else:
             rows = _several_tasks(program, weights, budget, top)
     if not rows:
-        raise infeasible(knapsack, budget, floors or {}, allowed, tied)
+        raise infeasible(knapsack, budget, floors or {}, allowed, tied, loadable)
     plans = [knapsack.space.decode(row) for row in rows]
     limit = budget / knapsack.parts.numel if asked is None else asked
     return [
@@ -202,71 +204,6 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
             )
             scored = sorted([*scored, (value, row)], key=lambda pair: -pair[0])
     return [row for _, row in scored[:top]]
-
-
-def infeasible(
-    knapsack: Knapsack,
-    budget: int,
-    floors: Mapping[str, float],
-    allowed: Allowed | None,
-    tied: Sequence[Sequence[str]],
-    subject: str = NO_PLAN,
-) -> UserError:
-    """The error for constraints that no plan meets, which says what size or floor can be reached."""
-    numel = knapsack.parts.numel
-    program = Program(knapsack, allowed, tied)
-    weights = np.concatenate(knapsack.bits) / numel
-    # without the budget and the floors: the smallest and the largest plan that the other constraints allow
-    smallest = program.minimize(dict(enumerate(weights)))
-    largest = program.minimize(dict(enumerate(-weights)))
-    if smallest is None or largest is None:
-        return UserError("no plan obeys these constraints: components that must share have no width in common")
-    low, high = (knapsack.size(knapsack.space.decode(row)).bits for row, _ in (smallest, largest))
-    if low > budget:
-        asked = reached = ""
-        if knapsack.parts.sized:
-            files = f" in {knapsack.format} files" if knapsack.format else ""
-            asked = f" ({bytes_in_words(budget / 8)})"
-            reached = f" ({bytes_in_words(low / 8)} to {bytes_in_words(high / 8)}{files})"
-        return UserError(
-            f"{subject} fits {budget / numel:.2f} bpw{asked}: with these widths, "
-            f"{low / numel:.2f} to {high / numel:.2f} bpw{reached} can be reached; "
-            f"ask for more, or {'sweep' if subject == NO_PLAN else 'give'} lower widths (--bits)"
-        )
-    if knapsack.limits is not None:
-        return UserError(_too_slow(knapsack, knapsack.limits, allowed, tied, f"{budget / numel:.2f} bpw"))
-    # a small enough plan exists, so a floor fails: find the smallest plan that keeps all floors
-    needed = Program(knapsack, allowed, tied)
-    for name, share in floors.items():
-        needed.keep(name, share)
-    kept = " and ".join(f"{name} at {100 * share:.4g}%" for name, share in floors.items())
-    smallest_kept = needed.minimize(dict(enumerate(weights)))
-    if smallest_kept is None:
-        return UserError(f"no measured plan is predicted to keep {kept} of full precision, at any size")
-    least = knapsack.size(knapsack.space.decode(smallest_kept[0])).bits / numel
-    return UserError(
-        f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {kept} of full precision; by "
-        f"prediction, that takes {least:.2f} bpw, or lower the floor"
-    )
-
-
-def _too_slow(
-    knapsack: Knapsack, limits: RunTimeLimits, allowed: Allowed | None, tied: Sequence[Sequence[str]], budget: str
-) -> str:
-    """Which limit no plan meets, and what can be reached; or that they cannot be met together."""
-    for cost, (costs, _) in limits.rows(knapsack.parts, knapsack.space).items():
-        program = Program(knapsack, allowed, tied)
-        program.limit(costs, np.inf)  # forbids what was never timed
-        least = program.minimize(dict(enumerate(np.nan_to_num(costs))))
-        assert least is not None  # full precision is always timed
-        reached = limits.times.fixed_cost(cost) + least[1]
-        if reached > limits.most[cost]:
-            return (
-                f"no measured plan takes at most {cost_in_words(cost, limits.most[cost])} in {limits.times.runtime} on "
-                f"this machine: {cost_in_words(cost, reached)} can be reached; ask for more"
-            )
-    asked = " and ".join(cost_in_words(cost, most) for cost, most in limits.most.items())
-    return f"no measured plan meets {budget}, {asked} and every floor at once; ask for more of one of them"
 
 
 def best_uniform(

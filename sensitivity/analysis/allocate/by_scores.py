@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sensitivity.analysis.allocate.budget import fits, infeasible, of_met
+from sensitivity.analysis.allocate.budget import fits, of_met
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.program import Program
+from sensitivity.analysis.allocate.unmet import infeasible
 from sensitivity.analysis.surrogate.space import Space, family
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
@@ -42,7 +43,7 @@ def optimum(
     solutions, failure = [], None
     for way in ways:
         try:
-            solutions.append(_solved(knapsack, damages, budget_bits(parts, bpw), intersection(way, allow), together))
+            solutions.append(_solved(knapsack, damages, budget_bits(parts, bpw), way, allow, together))
         except UserError as error:
             failure = failure or error
     if not solutions:
@@ -69,17 +70,22 @@ def met_budgets(
 
 
 def _solved(
-    knapsack: Knapsack, damages: Sequence[np.ndarray], budget: int, allow: Allowed | None, tie: Sequence[Sequence[str]]
+    knapsack: Knapsack,
+    damages: Sequence[np.ndarray],
+    budget: int,
+    loadable: Allowed | None,
+    allow: Allowed | None,
+    tie: Sequence[Sequence[str]],
 ) -> tuple[np.ndarray, float]:
     """The best row of choices within a budget in bits, and its damage."""
-    program = Program(knapsack, allow, tie)
+    program = Program(knapsack, intersection(loadable, allow), tie)
     program.at_most(budget - knapsack.kept)
     cost = dict(enumerate(np.concatenate(damages)))
     while (best := program.minimize(cost)) is not None:
         if fits(knapsack, best[0], budget):
             return best
         program.exclude(best[0])
-    raise infeasible(knapsack, budget, {}, allow, tie, "no plan")
+    raise infeasible(knapsack, budget, {}, allow, tie, loadable, measured=False)
 
 
 def rising(space: Space, scores: Scores) -> list[np.ndarray]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sensitivity.analysis.allocate.budget import NO_PLAN, Candidate, mean_share, solve
+from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
+from sensitivity.analysis.allocate.unmet import NothingFits
 from sensitivity.analysis.observations import check_task
 from sensitivity.analysis.search.plan_lists import Plans, plans
 from sensitivity.spec.components import ComponentMap
@@ -105,19 +106,18 @@ def candidates(
     usable = _usable(study, runtime, knapsack)
     # A runtime may offer alternatives, such as any single scheme for the whole model. Each is solved by itself; it is
     # an error only if none of them has a solution.
-    for allowed in searches(study.parts, runtime, usable):
+    for loadable in searches(study.parts, runtime, usable):
         try:
             solved += solve(
-                study, bpw=bpw, weights=weights, floors=floors, allowed=intersection(allowed, allow), tied=together,
-                top=top, knapsack=knapsack,
+                study, bpw=bpw, weights=weights, floors=floors, allowed=allow, tied=together, top=top,
+                knapsack=knapsack, loadable=loadable,
             )  # fmt: skip
         except UserError as error:
             failure = failure or error
     if not solved:
-        words = str(failure)
-        if words.startswith(NO_PLAN):
-            raise UserError(f"{NO_PLAN} that {runtime} can load{words.removeprefix(NO_PLAN)}") from failure
-        raise UserError(f"of the plans that {runtime} can load: {words}") from failure
+        if isinstance(failure, NothingFits):
+            raise UserError(f"no measured plan that {runtime} can load {failure.predicate}") from failure
+        raise UserError(f"of the plans that {runtime} can load: {failure}") from failure
     return sorted(solved, key=lambda candidate: -mean_share(candidate.predicted, weights))[:top]
 
 
