@@ -13,7 +13,7 @@ from typing import TypedDict, Unpack
 import torch
 
 from sensitivity.analysis.allocate.budget import Candidate, solve
-from sensitivity.analysis.allocate.kept_recommendation import files_for, moved_files
+from sensitivity.analysis.allocate.kept_recommendation import budget_of, budgets_asked, files_for, moved_files, save
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.analysis.allocate.recommendation import Recommendation
@@ -35,7 +35,7 @@ from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Failed, Notice, UserError, reason, shell_word, unknown
-from sensitivity.spec.files import check_may_replace, write_atomically
+from sensitivity.spec.files import check_may_replace, rename_ours, write_atomically
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read, why_foreign
 from sensitivity.spec.runtimes.rules import violations
@@ -235,7 +235,8 @@ def _best_plan(study: Study, bpw: float | None, counted: str | None, legal_in: s
 
 def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
     """Which plan was chosen for a budget, and its scores as measured, or else as predicted and how to measure it."""
-    chosen = f"chosen for {best.budget:g} bpw: {best.plan.describe()}"
+    counted = "" if best.size.sized else f" {best.size.counted}"
+    chosen = f"chosen for {best.budget:g} bpw{counted}: {best.plan.describe()}"
     if scores := _measured(study, best.plan)[0].get("scores"):
         means = {task: score["mean"] for task, score in scores.items()}
         return f"{chosen}; measured: {', '.join(f'{task} {mean:.3f}' for task, mean in means.items())}"
@@ -259,14 +260,26 @@ def check_may_save(study: Path, budgets: Sequence[float]) -> None:
         check_may_replace(paths.card_file(file), why_foreign_card)
 
 
-def write_cards(study: Study, recommendations: Sequence[Recommendation], files: Sequence[Path]) -> None:
-    """Write a card beside the file of each recommended plan: what it is, how it scores, and how that was measured."""
-    for file in files:
-        check_may_replace(paths.card_file(file), why_foreign_card)
+def save_with_cards(study: Study, recommendations: Sequence[Recommendation]) -> list[Path]:
+    """Write recommendations into the study's folder, and a card beside each, which says how it scores.
+
+    Returns the files. What an earlier call recommended for other budgets keeps files of its own.
+    """
+    budgets = budgets_asked(recommendations)
+    check_may_save(study.path, budgets)
+    for file, name in moved_files(study.path, budgets).items():
+        if paths.card_file(file).exists():
+            rename_ours(paths.card_file(file), paths.card_file(name), why_foreign_card)
+        rename_ours(file, name, why_foreign)
+        if name != paths.recommendation_file(study.path):
+            told = f"{file.name} was the plan for {budget_of(name):.4g} bpw, which is kept as {name}"
+            warnings.warn(f"{told}: {file.name} is for {budgets[0]:.4g} bpw now", Notice, stacklevel=2)
+    files = save(study, recommendations)
     for one, file in zip(recommendations, files, strict=True):
         facts, _ = _measured(study, one.plan)
         content = plan_card(study.parts, one.plan, facts, one.words)
         write_atomically(paths.card_file(file), content.encode("utf-8", "replace"))
+    return files
 
 
 def _instead(study: Study, plan: Plan, name: str) -> str:

@@ -189,6 +189,7 @@ class ComponentMap:
     kept: tuple[Kept, ...]
     native_bits: int = 16  # bits per weight of the checkpoint, for everything that is not quantized
     sized: bool = True  # False where no sizes are known, as in a table without them: all components then count alike
+    shaped: bool = True  # False where weights stand for components of a table, which says nothing of their shapes
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
@@ -232,11 +233,9 @@ class ComponentMap:
         return matching
 
     def to_json(self) -> dict[str, object]:
-        """All fields as JSON values; `sized` only where it is False."""
+        """All fields as JSON values; `sized` and `shaped` only where they are False."""
         fields = asdict(self)
-        if self.sized:
-            del fields["sized"]
-        return fields
+        return {name: value for name, value in fields.items() if name not in ("sized", "shaped") or not value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ComponentMap:
@@ -248,6 +247,7 @@ class ComponentMap:
             kept=tuple(Kept(**k) for k in data["kept"]),
             native_bits=data["native_bits"],
             sized=data.get("sized", True),
+            shaped=data.get("shaped", True),
         )
 
 

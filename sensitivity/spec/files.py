@@ -145,6 +145,13 @@ def check_may_replace(file: Path, why_foreign: WhyForeign) -> None:
         raise UserError(f"{file} is not replaced: {why}; move it away")
 
 
+def rename_ours(file: Path, name: Path, why_foreign: WhyForeign) -> None:
+    """Give a file that we wrote another name, which is free or that of a file that we wrote."""
+    for one in (file, name):
+        check_may_replace(one, why_foreign)
+    os.replace(file, name)
+
+
 def _why_never(out: Path, keep: Iterable[Path]) -> str:
     """Why nothing is ever written to a target, whatever it holds; an empty string if it is allowed."""
     if not str(out) or out == Path():

@@ -20,7 +20,7 @@ PAPER_NATIVE_BITS = 16  # bits that the published bpw figures count for every we
 class SizeJson(TypedDict):
     """What a file stores of a size."""
 
-    bytes: int
+    bytes: NotRequired[int]  # only where the sizes of components are known
     bpw: float
     bpw_codes: float
     format: NotRequired[str]
@@ -66,8 +66,10 @@ class Size:
         return "all stored" if self.format is None else f"all stored in {self.format} files"
 
     def to_json(self) -> SizeJson:
-        """Bytes and bits per weight as JSON values."""
-        content: SizeJson = {"bytes": self.bytes, "bpw": self.bpw, "bpw_codes": self.bpw_codes}
+        """Bytes, where they are known, and bits per weight as JSON values."""
+        content: SizeJson = {"bpw": self.bpw, "bpw_codes": self.bpw_codes}
+        if self.sized:
+            content = {"bytes": self.bytes, **content}
         if self.cache_bits is not None:
             content["cache_bits"] = self.cache_bits
         return content if self.format is None else {**content, "format": self.format}
@@ -100,8 +102,11 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
 
 
 def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format: str | None = None) -> int:
-    """All bits of one component."""
+    """All bits of one component; of one without shapes its codes alone: scales are counted by rows and columns."""
+    format = format if parts.shaped else None
     stored = sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
+    if not parts.shaped:  # counted all the same: a scheme that its method cannot store is an error
+        return parts[name].numel * (parts.native_bits if scheme is None or scheme.method == KEEP else scheme.bits)
     if scheme is not None and scheme.method in SHARED and format not in FILES:
         stored += SHARED[scheme.method](scheme, parts[name].weights)
     # a 16-bit divisor for each channel of keys and values
@@ -118,6 +123,7 @@ def bits_of(parts: ComponentMap, plan: Plan, names: Collection[str], format: str
 
 def kept_bits(parts: ComponentMap, format: str | None = None) -> int:
     """All bits of the weights that no plan changes."""
+    format = format if parts.shaped else None
     return sum(_kept_width(parts, kept, format) * kept.numel for kept in parts.kept)
 
 
@@ -177,7 +183,7 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     # the papers count 16 bits for what is not quantized, whatever the checkpoint stores
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel
-    format = format if format in FILES else None
+    format = format if format in FILES and parts.shaped else None
     return Size(stored, codes, parts.numel, bpw_codes, format, cache_bits(parts, plan), parts.sized)
 
 

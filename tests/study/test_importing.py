@@ -300,6 +300,36 @@ def test_a_table_without_sizes_makes_up_none(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["recommend", str(study.path), "--gb", "1"]) == 2
     assert "needs the sizes of the parts" in capsys.readouterr().err
     assert not Study(study.path).parts.sized
+    for runtime, budget in (("gptq", 4), ("awq", 5), ("gguf", 4)):  # rules on shapes wait for the model's
+        assert cli.main(["legalize", str(study.path), "--bpw", str(budget), "--runtime", runtime]) == 0
+        told = capsys.readouterr().out
+        assert "all rtn:4" in told
+        assert "4.000 bpw as the mean width of the parts, whose sizes are not known" in told
+        assert not in_bytes.search(told)
+    assert cli.main(["legalize", str(study.path / "plan.json"), "--bpw", "3", "--runtime", "gptq", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cost"].endswith(
+        " (predicted), 3.000 bpw instead of 4.000 as the mean width of the parts, whose sizes are not known"
+    )
+    assert "bytes" not in found["size"]
+    model = ["--format", "gptq", "--model", "embedded:scenes-llava", "--out", str(tmp_path / "out")]
+    assert cli.main(["export", str(study.path), "--bpw", "4", *model]) == 0
+    assert "chosen for 4 bpw as the mean width of the parts, whose sizes" in capsys.readouterr().err
+    known = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
+    assert known["written"]["bytes"] == known["predicted_size"]["bytes"] > 0
+
+
+@pytest.mark.parametrize("numel", [{}, dict.fromkeys(COLUMNS.values(), 10_000)])
+@pytest.mark.parametrize("method", ["awq", "smooth"])
+def test_a_table_counts_codes_alone(tmp_path: Path, method: str, numel: dict[str, int]) -> None:
+    """Scales are counted by rows and columns, which a table does not give."""
+    frame = table()[lambda rows: rows[list(COLUMNS)].isin([4, 16]).all(axis=1)]
+    made = import_table(
+        write(tmp_path, frame), tmp_path / "run", ["cider"], parts=COLUMNS, numel=numel, method=method
+    ).study
+    widths = made.table()
+    np.testing.assert_allclose(widths["bpw"], widths[list(COLUMNS.values())].mean(axis=1))
+    assert Study(made.path).parts == made.parts
 
 
 def test_few_weights_are_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +16,7 @@ from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, check_limits
 from sensitivity.analysis.observations import check_task
 from sensitivity.spec import schema
-from sensitivity.spec.errors import Notice, UserError, shell_word
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.files import check_may_replace
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan
@@ -38,12 +36,9 @@ KEYS = ("task_weights", "budget_bpw", "stored_size", "predicted", "candidates", 
 
 def save(study: Study, recommendations: Sequence[Recommendation]) -> list[Path]:
     """Write recommendations with their provenance into the study's folder, the first as plan.json; return the files."""
-    asked = recommendations[0].provenance.get("asked")
-    budgets = list(asked["bpw"]) if asked else [one.budget for one in recommendations]
-    files = files_for(study.path, budgets)
+    files = files_for(study.path, budgets_asked(recommendations))
     for file in files:
         check_may_replace(file, why_foreign)
-    _name_by_budget(study.path, budgets)
     return [
         write_file(study.parts, one.plan, {**one.to_json(), "stored_size": one.size.to_json()}, file)
         for one, file in zip(recommendations, files, strict=True)
@@ -55,6 +50,12 @@ def files_for(study: Path, budgets: Sequence[float]) -> list[Path]:
     return [paths.recommendation_file(study), *(paths.recommendation_file(study, bpw) for bpw in budgets[1:])]
 
 
+def budgets_asked(recommendations: Sequence[Recommendation]) -> list[float]:
+    """The budgets that were asked for, by which files are named."""
+    asked = recommendations[0].provenance.get("asked")
+    return list(asked["bpw"]) if asked else [one.budget for one in recommendations]
+
+
 def moved_files(study: Path, budgets: Sequence[float]) -> dict[Path, Path]:
     """The files that another name suits better once these budgets' plans are saved, each with that name.
 
@@ -62,34 +63,21 @@ def moved_files(study: Path, budgets: Sequence[float]) -> dict[Path, Path]:
     """
     first, *others = files_for(study, budgets)
     own, moved = paths.recommendation_file(study, budgets[0]), {}
-    if (budget := _budget_of(first)) is not None:
+    if (budget := budget_of(first)) is not None:
         its = paths.recommendation_file(study, budget)
         if its not in (own, *others):
             moved[first] = its
-    if own not in others and _budget_of(own) is not None:
+    if own not in others and budget_of(own) is not None:
         moved[own] = first
     return moved
 
 
-def _budget_of(file: Path) -> float | None:
+def budget_of(file: Path) -> float | None:
     """The budget of a saved recommendation; None where the file is missing or no recommendation."""
     if not file.exists() or why_foreign(file):
         return None
     budget = schema.read(file, "plan", REPAIR).get("budget_bpw")
     return None if budget is None else float(budget)
-
-
-def _name_by_budget(study: Path, budgets: Sequence[float]) -> None:
-    """Move plans, with their model cards, to the names that suit them beside the plans for these budgets."""
-    for file, name in moved_files(study, budgets).items():
-        check_may_replace(name, why_foreign)
-        for one, other in ((file, name), (paths.card_file(file), paths.card_file(name))):
-            if one.exists():
-                os.replace(one, other)
-        if name != paths.recommendation_file(study):
-            budget = _budget_of(name)
-            told = f"{file.name} was the plan for {budget:.4g} bpw, which is kept as {name}: {file.name} is for "
-            warnings.warn(f"{told}{budgets[0]:.4g} bpw now", Notice, stacklevel=3)
 
 
 def instead_of(study: Study, predicted: Recommendation) -> Recommendation | None:
@@ -100,7 +88,7 @@ def instead_of(study: Study, predicted: Recommendation) -> Recommendation | None
     request = predicted.provenance.get("asked")
     files = (paths.recommendation_file(study.path), paths.recommendation_file(study.path, predicted.budget))
     for file in files:
-        if request is None or (budget := _budget_of(file)) is None or f"{budget:g}" != f"{predicted.budget:g}":
+        if request is None or (budget := budget_of(file)) is None or f"{budget:g}" != f"{predicted.budget:g}":
             continue
         try:
             saved = _read(study, file, cast(RecommendationJson, schema.read(file, "plan", REPAIR)))

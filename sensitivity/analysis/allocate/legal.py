@@ -40,12 +40,20 @@ class Legal:
         """What the change costs in score and bytes, as the end of a sentence."""
         if self.plan == self.asked:
             return "nothing: the plan is legal as it is"
+        if not self.before.sized:
+            words = f"{self.after.bpw:.3f} bpw instead of {self.before.bpw:.3f} {self.after.counted}"
+            return f"{self._scores}{words}"
         change = (self.after.bytes - self.before.bytes) / self.before.bytes
         bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1%}), {self.after.counted}"
+        return f"{self._scores}{bytes_}"
+
+    @property
+    def _scores(self) -> str:
+        """Both predicted scores, where they are known."""
         if self.predicted_before is None or self.predicted_after is None:
-            return bytes_
+            return ""
         was, now = self.predicted_before.score, self.predicted_after.score
-        return f"{self.task} {now:.4f} instead of {was:.4f} (predicted), {bytes_}"
+        return f"{self.task} {now:.4f} instead of {was:.4f} (predicted), "
 
     def to_json(self) -> dict[str, object]:
         """Both plans, their sizes and predictions as JSON values."""

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         if legal.plan != legal.asked and not legal.violations:
             print(f"too large for the budget: {legal.asked.describe()}, {before}")
         print(f"{'can be loaded as it is' if legal.plan == legal.asked else 'best plan'}: {legal.plan.describe()}")
-        print(f"  {after}, {legal.after.bytes:,} bytes")
+        print(f"  {after}" + (f", {legal.after.bytes:,} bytes" if legal.after.sized else ""))
         print(f"cost: {legal.words}")
         if args.out is not None:
             format = files_of(args.runtime) or args.runtime

@@ -147,8 +147,7 @@ def _verified(
     args: argparse.Namespace, vlm: VLM, scoring: Scored, study: Study, request: PlanRequest, proposals: Proposed
 ) -> dict[str, object]:
     """Run the best plans of each budget on fresh examples; store, print and return what is recommended."""
-    from sensitivity.analysis.allocate.kept_recommendation import save
-    from sensitivity.api.exporting import write_cards
+    from sensitivity.api.exporting import save_with_cards
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.study.counting import count
     from sensitivity.study.storage.paths import card_file
@@ -158,8 +157,7 @@ def _verified(
     )
     show_progress_in_json(steps) if args.json else show_progress(steps, "verifying")
     best = recommendations()
-    files = save(study, best)
-    write_cards(study, best, files)
+    files = save_with_cards(study, best)
     measured = len(study.trials())
     if not args.json:
         print_score_costs(scoring.scores)

@@ -143,13 +143,12 @@ def _saved(study: Study, best: Sequence[Recommendation]) -> tuple[list[Recommend
     A plan that is only predicted never replaces the verified one of the same budget and request. Where both are the
     same plan, the verified one is shown.
     """
-    from sensitivity.analysis.allocate.kept_recommendation import instead_of, save
-    from sensitivity.api.exporting import write_cards
+    from sensitivity.analysis.allocate.kept_recommendation import instead_of
+    from sensitivity.api.exporting import save_with_cards
 
     kept = [instead_of(study, one) if one.measured is None else None for one in best]
     stored = [verified or one for verified, one in zip(kept, best, strict=True)]
-    files = save(study, stored)
-    write_cards(study, stored, files)
+    files = save_with_cards(study, stored)
     shown: list[Recommendation] = []
     places: list[Path | None] = []
     for one, verified, file in zip(best, kept, files, strict=True):

@@ -22,7 +22,7 @@ def allowed(parts: ComponentMap, name: str, only: Choice = None) -> Allowed:
     def can_load(component: str, scheme: Choice) -> bool:
         if only is not None and scheme not in (None, only):
             return False
-        return not any(refusals(parts[component], scheme, name))
+        return not any(refusals(parts[component], scheme, name, parts.shaped))
 
     return can_load
 
@@ -48,7 +48,7 @@ def restrict(
     legal: dict[Scheme, None] = {}
     for component in parts.components:
         asked = [scheme for scheme in schemes if wanted is None or wanted(component.name, scheme)]
-        why = {scheme: list(refusals(component, scheme, name)) for scheme in asked}
+        why = {scheme: list(refusals(component, scheme, name, parts.shaped)) for scheme in asked}
         legal |= {scheme: None for scheme, rules in why.items() if not rules}
         for scheme, rules in why.items():
             for rule in rules:

@@ -12,8 +12,11 @@ from sensitivity.spec.runtimes.table import Choice, Runtime, files_of, runtime
 from sensitivity.spec.sizes import Size, size
 
 
-def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
-    """Why a runtime cannot load one component at one scheme: each rule that this breaks, as the end of a sentence."""
+def refusals(component: Component, scheme: Choice, name: str, shaped: bool = True) -> Iterator[str]:
+    """Why a runtime cannot load one component at one scheme: each rule that this breaks, as the end of a sentence.
+
+    shaped: whether the shapes of its weights are known; if not, rules about rows and columns are left to the export.
+    """
     # no rule names the component, so that `violations` and `restrict` can list all components under one sentence
     able = runtime(name)
     if scheme is None:
@@ -29,7 +32,8 @@ def refusals(component: Component, scheme: Choice, name: str) -> Iterator[str]:
             f"{able.title} makes its files from the model's own norms; sweep with --set tweak=0, or use --format fake, "
             "which writes the norms that the plan has"
         )
-    yield from _of_shape(component.weights, scheme, able)
+    if shaped:
+        yield from _of_shape(component.weights, scheme, able)
 
 
 def _of_component(component: Component, able: Runtime) -> Iterator[str]:
@@ -130,7 +134,7 @@ def violations(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
     able = runtime(name)
     refused: dict[str, list[str]] = {}
     for component in parts.components:
-        for refusal in refusals(component, plan[component.name], name):
+        for refusal in refusals(component, plan[component.name], name, parts.shaped):
             refused.setdefault(refusal, []).append(f"{component.name} ({_scheme(plan[component.name])})")
     broken = [f"{', '.join(components)}: {refusal}" for refusal, components in refused.items()]
     for group in tied(parts, name):

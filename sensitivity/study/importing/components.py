@@ -44,7 +44,7 @@ def component_map(names: Sequence[str], numel: Mapping[str, int], total: int | N
         raise UserError(f"the components have {sum(sizes.values()):,} weights, more than the whole model's {total:,}")
     kept = (Kept("rest", rest, "not in the table"),) if rest else ()
     fitting = [by for by in GRANULARITIES if all(weight.component_name(by) == weight.module for weight in weights)]
-    return ComponentMap(model, fitting[0], weights, kept, sized=bool(numel))
+    return ComponentMap(model, fitting[0], weights, kept, sized=bool(numel), shaped=False)
 
 
 def _sizes(names: Sequence[str], numel: Mapping[str, int]) -> dict[str, int]:
