@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sensitivity.analysis.allocate.budget import fits, of_met
+from sensitivity.analysis.allocate.budget import fits, infeasible, of_met
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.program import Program
-from sensitivity.analysis.allocate.unmet import infeasible
 from sensitivity.analysis.surrogate.space import Space, family
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError

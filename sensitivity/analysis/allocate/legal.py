@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
+from sensitivity.analysis.allocate.budget import Candidate, NothingFits, mean_share, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
-from sensitivity.analysis.allocate.unmet import NothingFits
 from sensitivity.analysis.observations import check_task
 from sensitivity.analysis.search.plan_lists import Plans, plans
 from sensitivity.spec.components import ComponentMap
