@@ -34,7 +34,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import Failed, Notice, UserError, reason, shell_word, unknown
+from sensitivity.spec.errors import Failed, Notice, UserError, check_is, reason, shell_word, unknown
 from sensitivity.spec.files import check_may_replace, rename_ours, write_atomically
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read, why_foreign
@@ -84,6 +84,8 @@ def export(
         >>> from sensitivity import export
         >>> folder = export(study, choice.plan, "out/vqa", format="fake", model=vlm)
     """
+    check_is("study", study, Study)
+    check_is("plan", plan, Plan)
     out, meta, parts = Path(out), study.meta, study.parts
     if "imported" in meta and not (format == "plan" and out.suffix == ".json"):  # which holds no weights
         parts, plan = plan_of_model(study, plan, model, format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import TypedDict, Unpack
 
 from sensitivity.analysis.allocate.judging import judge, unmeasured
@@ -13,6 +14,7 @@ from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.loop import Step, versions
 from sensitivity.models.vlm import VLM
+from sensitivity.spec.errors import UserError, check_is
 from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -51,6 +53,12 @@ def recommend(
         >>> choice.size.bpw <= 5.0, choice.measured.n
         (True, 20)
     """
+    check_is("study", study, Study)
+    if not isinstance(bpw, Real):
+        several = "[recommend(study, bpw=one) for one in (3, 4)]"
+        raise UserError(f"bpw must be one number, such as 4.0, not {bpw!r}; for several budgets: {several}")
+    if run is not None:
+        check_is("run", run, VLM)
     request = PlanRequest((bpw,), weights or {task or study.tasks[0]: 1.0}, floors or {}, **limits)
     return recommend_each(study, request, run)[0]
 

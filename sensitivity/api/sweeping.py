@@ -24,7 +24,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_both_paths, needs_data, token_weighting
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap, granularity
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, check_is
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.threads import free_memory
@@ -71,6 +71,7 @@ def grid(
         >>> len(plans)  # 3 widths of 3 parts, and full precision
         28
     """
+    check_is("parts", parts, ComponentMap)
     return grid_(parts, schemes or _schemes(method, bits, settings))
 
 
@@ -88,12 +89,13 @@ def one_at_a_time(
         >>> len(one_at_a_time(parts, bits=(2, 4, 8)))  # 3 widths of 3 parts, 3 uniform plans, and full precision
         13
     """
+    check_is("parts", parts, ComponentMap)
     return one_at_a_time_(parts, schemes or _schemes(method, bits, settings))
 
 
 def _schemes(method: str, bits: int | Sequence[int], settings: Mapping[str, Any]) -> list[Scheme]:
     """A scheme for each width; a single width stands for a list of one."""
-    return [scheme(method, width, **settings) for width in ([bits] if isinstance(bits, int) else bits)]
+    return [scheme(method, width, **settings) for width in ([bits] if isinstance(bits, int | str) else bits)]
 
 
 def check_sweep(
@@ -158,20 +160,21 @@ def keys_of_measured(out: Path | str, tasks: Sequence[str], n: int, seed: int) -
 def sweep(
     vlm: VLM,
     parts: ComponentMap,
-    plans: Plans,
+    plans: Plans | Plan,
     tasks: str | Sequence[str],
     out: Path | str,
     **options: Unpack[SweepOptions],
 ) -> Study:
     """Evaluate every plan that the study at `out` does not hold yet, and return the study.
 
-    tasks: their names, or a single one. Without plans, full precision alone runs.
+    plans, and tasks by their names: several, or a single one. Without plans, full precision alone runs.
 
     Examples:
         >>> from sensitivity import sweep
         >>> study = sweep(vlm, parts, plans, tasks=["vqa"], out="runs/vqa", n=20)
     """
-    study, steps = begin_sweep(vlm, parts, plans, [tasks] if isinstance(tasks, str) else tasks, out, **options)
+    plans, tasks = [plans] if isinstance(plans, Plan) else plans, [tasks] if isinstance(tasks, str) else tasks
+    study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
     for _ in steps:
         pass
     return study
@@ -204,6 +207,10 @@ def begin_sweep(
     Generation stops at the token after which an answer can no longer be right, unless `whole` asks for whole answers.
     With `runtime`, sizes are counted in the files that it loads.
     """
+    check_is("vlm", vlm, VLM)
+    check_is("parts", parts, ComponentMap)
+    for plan in plans if isinstance(plans, Sequence) else ():
+        check_is("each of plans", plan, Plan)
     limit = Until.parse(until)
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
     check_distinct(evaluated, list(dict.fromkeys(tasks)))

@@ -12,7 +12,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.towers import Towers, inside
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import EMBEDDING, HEAD, KEY_VALUE, PARTS, VOCABULARY, ComponentMap, Kept, Weight, check
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, check_is, unknown
 
 # Patterns of module paths, tried in this order: paths of cross-attention also contain attention, and those of attention
 # also contain output.
@@ -292,4 +292,5 @@ def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = (
     """
     if isinstance(vlm, str):
         vlm = load(vlm, config_only=True)
+    check_is("vlm", vlm, VLM)
     return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits, include)

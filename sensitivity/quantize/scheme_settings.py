@@ -47,7 +47,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     row = with_common(with_run_time(ROWS[name], name, activations, cache))
     if bits not in row.widths:
         widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
-        raise UserError(f"{name} takes {widths} bits, not {bits}")
+        raise UserError(f"{name} takes {widths} bits, not {bits!r}")
     if "backend" in given and "backend" not in row.settings:
         raise UserError(f"{name} has no backend but our own; leave out --backend, or choose --method gptq")
     if given.get("backend", OWN) != OWN:

@@ -9,6 +9,14 @@ from collections.abc import Iterable
 
 QUOTED = 300  # characters of a library's message that a sentence of ours quotes
 LONGEST_WORD = 300  # characters of one word that a message keeps; a word can be a path or a whole file
+ARGUMENTS = {  # a class of which arguments of public functions are -> in words, with what makes one
+    "VLM": "a VLM, such as load({})",
+    "Study": "a Study, such as Study({})",
+    "ComponentMap": "a ComponentMap, such as inspect(vlm)",
+    "Plan": "a Plan, such as choice.plan of a recommendation or one of grid(parts)",
+    "Recommendation": "a Recommendation, such as recommend(study)",
+    "Integral": "a whole number",
+}
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
 
@@ -47,6 +55,14 @@ def unknown(what: str, name: object, allowed: Iterable[object]) -> UserError:
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return UserError(f"unknown {what} '{name}'; choose from {', '.join(names)}{hint}")
+
+
+def check_is(name: str, value: object, kind: type) -> None:
+    """Raise an error unless an argument of a public function, by its name, is of the class that it must be of."""
+    if not isinstance(value, kind):
+        shown = value if isinstance(value, str) else "..."
+        given = repr(value) if isinstance(value, str | bool | int | float | None) else f"a {type(value).__name__}"
+        raise UserError(f"{name} must be {ARGUMENTS[kind.__name__].format(repr(shown))}, not {given}")
 
 
 def printable(message: str) -> str:

@@ -133,7 +133,7 @@ def check_may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Itera
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
-        raise UserError(f"{out} is already there; choose another --out or add --force")
+        raise UserError(f"{out} is already there; choose another --out or add --force (in Python, force=True)")
     if why := why_foreign(out):
         raise UserError(f"{out} is not replaced: {why}; choose another --out")
 

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, check_is, unknown
 from sensitivity.tasks import retrieval, scene_tasks
 from sensitivity.tasks.datasets import coco, geochat, gqa, image_pairs, rsvqa, scene_folders, vqav2
 from sensitivity.tasks.examples.types import SPLITS, Task
@@ -94,6 +95,7 @@ def check_distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
 def _named(name: str, split: str, n: int, seed: int) -> Task:
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
+    check_is("n", n, Integral)
     if n < 1:
         raise UserError(f"a task needs at least one example, not {n}")
     return find(name)(split, n, seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sensitivity.analysis.atlas.entry import Entry, entries_of
 from sensitivity.spec import schema
-from sensitivity.spec.errors import UserError, reason, shell_word
+from sensitivity.spec.errors import UserError, check_is, reason, shell_word
 from sensitivity.spec.files import disk_error, new_folder, replacing
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage.process_lock import ProcessLock, held
@@ -32,6 +32,7 @@ def add_to_atlas(study: Study, to: Path | str = DEFAULT) -> list[Entry]:
         >>> [entry.about["task"] for entry in add_to_atlas(Study("runs/vqa"), "runs/atlas.parquet")]
         ['vqa']
     """
+    check_is("study", study, Study)
     file = Path(to)
     if file.suffix != DEFAULT.suffix:
         raise UserError(f"an atlas is a file such as {DEFAULT}, not {file}")

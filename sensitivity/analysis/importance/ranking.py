@@ -16,7 +16,7 @@ from sensitivity.analysis.importance.method_choice import METHOD, with_methods
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, check_task, observations_of
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, check_is
 from sensitivity.spec.plan import split_ending
 from sensitivity.spec.sizes import codes_in_mb
 from sensitivity.study.counting import count
@@ -68,8 +68,9 @@ def rank(
         100
     """
     options = RankOptions(by, method, near, bootstraps, seed, thorough)
-    if not isinstance(source, Study):
+    if isinstance(source, Observations):
         return _rank(source, None, options)
+    check_is("source", source, Study)
     file = kept_rankings.file_of(source, check_task(source, task), options)
     if (kept := kept_rankings.read(file)) is not None:
         return Ranking.from_json(kept)

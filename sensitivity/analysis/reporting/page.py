@@ -29,7 +29,7 @@ from sensitivity.analysis.reporting.static_figures import DrawnFigure, figures_o
 from sensitivity.analysis.reporting.time_and_memory import TimeAndMemory, time_and_memory_section
 from sensitivity.analysis.reporting.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, check_is
 from sensitivity.spec.files import (
     check_may_write,
     is_unfinished,
@@ -61,6 +61,10 @@ def report(
         >>> report(study, "runs/vqa/report", choice).name
         'index.html'
     """
+    check_is("study", study, Study)
+    recommendations = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
+    for one in recommendations:
+        check_is("recommendation", one, Recommendation)
     out = Path(out)
     check_may_write(out, True, _why_foreign, [study.path])
     table = study.table()
@@ -68,7 +72,6 @@ def report(
         raise UserError(f"no trial of {study.path} is finished yet: nothing to report")
     files = FigureFiles(out)
     files.check()
-    recommendations = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
     grown = kept_recommendation.what_changed_since(study, recommendations)
     galleries, no_gallery = failing(study, recommendations)
     tasks = [_task_page(study, table, task, recommendations, rankings or {}, bootstraps, files) for task in study.tasks]

@@ -54,7 +54,7 @@ class SearchSpace:
         Sizes are those in the files of `format`.
         """
         if not schemes:
-            raise UserError("no widths given; name some, such as --bits 2,3,4,6,8")
+            raise UserError("no widths given; name some, such as --bits 2,3,4,6,8 (in Python, bits=(2, 3, 4, 6, 8))")
         ordered = sorted(set(schemes), key=_scheme_order)
         if any(scheme.cache != NOT_ROUNDED for scheme in ordered) and not any(c.has_cache for c in parts.components):
             raise UserError(f"{parts.model} has no layers of keys and values to round; leave out --cache-bits")
