@@ -48,6 +48,12 @@ def options() -> set[str]:
     return {name for verb in choices.values() for action in verb._actions for name in action.option_strings}
 
 
+def test_percent_is_written_in_one_style() -> None:
+    """As `95 %`, in what is printed too; only what a user types, such as `error<0.5%`, has no space."""
+    for file in (*(readme.ROOT / "sensitivity").rglob("*.py"), *(readme.ROOT / "notebooks").glob("*.ipynb")):
+        assert not re.search(r"[0-9]%\}|\}%(?!\})", file.read_text(encoding="utf-8")), file
+
+
 @EACH
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(prose(page)):

@@ -198,7 +198,8 @@ def _check_precision(integral: PathIntegral, vlm: VLM) -> None:
         raise UserError("the loss of this plan is NaN or infinite; run the model in float32 (--dtype fp32)")
     if integral.missing > TOLERANCE:
         warnings.warn(
-            f"after {integral.passes} backward passes the terms miss {integral.missing:.1%} of the change of the loss"
+            f"after {integral.passes} backward passes the terms miss {100 * integral.missing:.1f} % of the change of "
+            "the loss"
             f"{'' if vlm.model.dtype == torch.float32 else '; --dtype fp32 is more precise'}",
             Notice,
             stacklevel=3,

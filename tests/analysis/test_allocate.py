@@ -225,9 +225,8 @@ def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
     ):
         with pytest.raises(UserError, match=f"^no measured plan fits 1.00 bpw .*; ask for more, or {advice}$"):
             solve(two_tasks, bpw=1.0, **limits)
-    with pytest.raises(
-        UserError, match=r"predicted to keep grounding at 99% of full precision; by prediction, that takes \d+\.\d+ bpw"
-    ):
+    told = r"predicted to keep grounding at 99 % of full precision; by prediction, that takes \d+\.\d+ bpw"
+    with pytest.raises(UserError, match=told):
         solve(two_tasks, bpw=3.6, floors={"grounding": 0.99})
     with pytest.raises(UserError, match="unknown task 'ocr'; choose from vqa, grounding"):
         solve(two_tasks, bpw=4, floors={"ocr": 0.9})

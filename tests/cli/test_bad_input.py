@@ -137,7 +137,7 @@ def test_truncated_images_are_counted_before_a_sweep_and_more_than_the_share_ref
     assert found.notes[-1] == f"1 of {len(chosen)} examples left out: a truncated image ({lost})"
     for path in paths[6:9]:
         cut(path)
-    with pytest.raises(UserError, match=r"4 of \d+ examples left out: a truncated image .*at most 2% may be left out"):
+    with pytest.raises(UserError, match=r"4 of \d+ examples left out: a truncated image .*at most 2 % may be left out"):
         task(f"gqa:{tmp_path}")
 
 

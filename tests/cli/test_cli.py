@@ -259,7 +259,7 @@ def test_the_demo_and_the_demo_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     """The whole line on few examples; the second time no plan is run."""
     status, out, err = run(capsys, "demo --n 30 --bpw 5", "--out", tmp_path / "demo")
     assert status == 0
-    assert "100%" in err
+    assert "100 %" in err
     for words in ("Kept at native precision", "Importance for vqa", "Best plan for 5 bits per weight", "report: "):
         assert words in out
     assert (tmp_path / "demo" / "plan.json").exists()

@@ -338,7 +338,7 @@ def test_one_bad_image_of_many_is_left_out_and_said(tmp_path: Path, kind: str) -
     assert len(found.examples) == 60
     assert re.search(f"1 of 61 examples left out: {why}.* .line-000031: {path.name}", found.notes[0])
     datasets.write(tmp_path / "q.jsonl", [*lines[:30], {**LINE, "image": name}])
-    assert "at most 2% may be left out" in sentence(lambda: task(str(tmp_path / "q.jsonl")))
+    assert "at most 2 % may be left out" in sentence(lambda: task(str(tmp_path / "q.jsonl")))
 
 
 def test_a_large_picture_is_none_of_those(tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def test_a_sweep_in_a_log_tells_its_time_left(
     assert show_progress(steps(), "sweeping") == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "sweeping: preparing, time left not known yet"
-    assert any(line.startswith("sweeping: 25%, vqa 0.500, 0:05:0") for line in lines)
-    assert lines[-1] == "sweeping: 100%, in 0:00:00"
+    assert any(line.startswith("sweeping: 25 %, vqa 0.500, 0:05:0") for line in lines)
+    assert lines[-1] == "sweeping: 100 %, in 0:00:00"
     assert show_progress(iter(()), "sweeping") == 0
     assert capsys.readouterr().err.splitlines()[-1] == "sweeping: nothing was left to do"
 

@@ -111,7 +111,7 @@ def test_few_missing_images_are_counted_and_many_refused(tmp_path: Path, name: s
     assert f"{lost} of {before} examples left out: no image file" in found.notes[-1] + found.notes[-2]
     for path in more[:4]:
         path.unlink()
-    with pytest.raises(UserError, match=r"no image file \(.*, \.\.\.\); at most 2% may be left out; download"):
+    with pytest.raises(UserError, match=r"no image file \(.*, \.\.\.\); at most 2 % may be left out; download"):
         task(f"{name}:{tmp_path}")
 
 
@@ -187,7 +187,7 @@ def test_vqav2_puts_the_commonest_answer_first_and_counts_what_does_not_fit(tmp_
         why in said for why in ("annotated on another image (100000)", "no answers (101000)", "no annotation (102000)")
     )
     change(notes, lambda data: {"annotations": data["annotations"][20:]})
-    with pytest.raises(UserError, match="at most 2% may be left out"):
+    with pytest.raises(UserError, match="at most 2 % may be left out"):
         task(f"vqav2:{tmp_path}")
 
 

@@ -369,7 +369,7 @@ def test_few_missing_images_are_counted_and_many_refused(tmp_path: Path) -> None
     found = task(f"lmms-eval:chartqa:{without(1)}")
     assert len(found.examples) == 119
     assert found.notes[-1].startswith("1 of 120 examples left out: no usable image (")
-    with pytest.raises(UserError, match="at most 2% may be left out; fetch the data again"):
+    with pytest.raises(UserError, match="at most 2 % may be left out; fetch the data again"):
         task(f"lmms-eval:chartqa:{without(20)}")
 
 

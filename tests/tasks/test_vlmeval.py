@@ -185,7 +185,7 @@ def test_a_table_of_your_own_needs_options_or_a_rule(package: Path) -> None:
         task(f"vlmeval:half:{package / 'data'}")
     with pytest.raises(UserError, match=r"two questions with one index"):
         task(table(package / "data", "twice", index="7"))
-    with pytest.raises(UserError, match="at most 2% may be left out; fetch the table again"):
+    with pytest.raises(UserError, match="at most 2 % may be left out; fetch the table again"):
         task(table(package / "data", "damaged", image="bm8gaW1hZ2U="))
 
 

@@ -259,7 +259,7 @@ def infeasible(
     needed = Program(knapsack, choices, tied)
     for name, share in floors.items():
         needed.keep(name, share)
-    kept = " and ".join(f"{name} at {100 * share:.4g}%" for name, share in floors.items())
+    kept = " and ".join(f"{name} at {100 * share:.4g} %" for name, share in floors.items())
     smallest_kept = needed.minimize(dict(enumerate(weights)))
     if smallest_kept is None:
         return UserError(f"no measured plan is predicted to keep {kept} of full precision, at any size")

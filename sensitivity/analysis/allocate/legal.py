@@ -42,8 +42,8 @@ class Legal:
         if not self.before.sized:
             words = f"{self.after.bpw:.3f} bpw instead of {self.before.bpw:.3f} {self.after.counted}"
             return f"{self._scores}{words}"
-        change = (self.after.bytes - self.before.bytes) / self.before.bytes
-        bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1%}), {self.after.counted}"
+        change = 100 * (self.after.bytes - self.before.bytes) / self.before.bytes
+        bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1f} %), {self.after.counted}"
         return f"{self._scores}{bytes_}"
 
     @property

@@ -112,7 +112,7 @@ class Program:
         """Demand at least this share of full precision's predicted score, by a limit on the total damage."""
         limit = self.knapsack.models[task].eta_at(share * self.knapsack.full(task))
         if limit < 0:
-            raise UserError(f"a floor of {100 * share:.4g}% on '{task}' is more than full precision reaches")
+            raise UserError(f"a floor of {100 * share:.4g} % on '{task}' is more than full precision reaches")
         if math.isfinite(limit):  # else even the worst plan keeps that share
             self.rows.append((self.damage(task), -np.inf, limit + 1e-9))  # rounding must not forbid a floor of 100 %
 

@@ -57,7 +57,7 @@ def _score_checks(
             f"{one.seconds:.1f}",
             f"{one.seconds / checks.pass_seconds:.1f}",
             f"{check.rank_correlation:.2f}" if check and check.rank_correlation is not None else "–",
-            "–" if check is None or check.error is None else f"{check.error:.0%}",
+            "–" if check is None or check.error is None else f"{100 * check.error:.0f} %",
             *(found if compared else ()),
         ))  # fmt: skip
     plans = next((check.plans for check in checks.by_score.values()), 0)
@@ -92,7 +92,8 @@ def print_explanation(explained: Explanation) -> None:
     moves = "rises" if change > 0 else "falls"
     print(
         f"  the loss of right answers {moves} from {facts.before / count:.4f} to {facts.after / count:.4f} on "
-        f"{which} of {tasks} ({facts.passes} backward passes; the shares below miss {facts.missing:.1%} of that change)"
+        f"{which} of {tasks} ({facts.passes} backward passes; the shares below miss {100 * facts.missing:.1f} % of "
+        "that change)"
     )
     if sum(map(abs, explained.blame.components.values())) > CANCEL * abs(change):
         print("  components raise and lower it by far more than it changes: shares of so small a change say little")

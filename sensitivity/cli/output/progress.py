@@ -66,7 +66,8 @@ def show_progress(
             return Text(task.fields["last"] or stage.now() or "preparing")
 
     finished, pace, began = 0, Pace(plans, seconds), time.monotonic()
-    bar = Progress("{task.description}", BarColumn(), TaskProgressColumn(), "{task.fields[time]}", Status())
+    percent = TaskProgressColumn("{task.percentage:>3.0f} %")
+    bar = Progress("{task.description}", BarColumn(), percent, "{task.fields[time]}", Status())
     line = bar.add_task(title, total=None, time="", last="")
     with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
         shown = 0.0
@@ -114,8 +115,8 @@ def _show_lines(steps: Iterable[Step], title: str, pace: Pace) -> int:
             finished += 1
             images, rest = pace.after(step)
             done, ends = step.done - pace.earlier, time.monotonic() + rest
-            state = f"{done / max(done + images, 1):.0%}, {_last(step)}"
-    end = f"100%, in {clock(time.monotonic() - began)}" if finished else "nothing was left to do"
+            state = f"{100 * done / max(done + images, 1):.0f} %, {_last(step)}"
+    end = f"100 %, in {clock(time.monotonic() - began)}" if finished else "nothing was left to do"
     print(f"{title}: {end}", file=sys.stderr, flush=True)
     return finished
 

@@ -233,7 +233,7 @@ def print_runtime_costs(plan: Plan, parts: ComponentMap, times: LayerTimes, limi
     print(f"  predicted in {times.runtime}, {threads_in_words(times.threads)}: {', '.join(each)}")
     tokens = (times.tokens["answer"] - 1) * took["ms_per_token"]
     stages = {"image": took["ms_per_image"], "prompt": took["ms_per_prompt"], "tokens after the first": tokens}
-    shares = [f"{name} {ms / sum(stages.values()):.0%}" for name, ms in stages.items()]
+    shares = [f"{name} {100 * ms / sum(stages.values()):.0f} %" for name, ms in stages.items()]
     print(f"  time of an answer: {', '.join(shares)}")
 
 

@@ -71,12 +71,12 @@ def show(
     print_table(
         "Components",
         ("name", "modules", "parameters", "share"),
-        [(c.name, len(c.weights), f"{c.numel:,}", f"{c.numel / parts.numel:.1%}") for c in parts.components],
+        [(c.name, len(c.weights), f"{c.numel:,}", f"{100 * c.numel / parts.numel:.1f} %") for c in parts.components],
     )
     print_table(
         "Kept at native precision",
         ("why", "tensors", "parameters", "share"),
-        [(why, len(n), f"{sum(n):,}", f"{sum(n) / parts.numel:.1%}") for why, n in kept.items()],
+        [(why, len(n), f"{sum(n):,}", f"{100 * sum(n) / parts.numel:.1f} %") for why, n in kept.items()],
     )
     print_table(
         f"Uniform plans ({method})",

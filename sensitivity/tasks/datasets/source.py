@@ -194,7 +194,7 @@ class DatasetFolder:
             few = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
             notes.append(f"{len(ids)} of {total} examples left out: {why} ({few})")
         if len(flaws) > MAX_FLAWED * total:
-            most = f"at most {MAX_FLAWED:.0%} may be left out"
+            most = f"at most {100 * MAX_FLAWED:.0f} % may be left out"
             raise UserError(f"{self.name} in {self.folder}: {'; '.join(notes)}; {most}; {self.get}")
         return notes
 

@@ -195,7 +195,7 @@ def _example(one: Change) -> str:
 
 
 def _given(given: GivenAnswer) -> str:
-    sure = "" if given.sure is None else f" ({given.sure:.0%} sure of the right one)"
+    sure = "" if given.sure is None else f" ({100 * given.sure:.0f} % sure of the right one)"
     return f"{_cell(given.answer) or '(empty)'}{sure}"
 
 
