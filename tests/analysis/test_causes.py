@@ -77,6 +77,9 @@ def test_the_planted_part_is_found_from_plans_of_the_study(widths: tuple[int, ..
         assert why is not None
         assert why.name == expected(made, asked[change.example])
         assert (why.scheme is None) == (16 in widths or why.part is None)
+        if why.part is not None:  # the cost of the width that is named
+            raised = Plan(tuple((name, why.scheme if name == why.part else one) for name, one in LOW.schemes))
+            assert why.bits == size(made.parts, raised).bits - size(made.parts, LOW).bits
     (shown,) = galleries(made, [("x", LOW)], 60)
     assert dict(shown.causes) == Counter(expected(made, asked[change.example]) for change in found)
     assert min(dict(shown.causes).values()) > 5

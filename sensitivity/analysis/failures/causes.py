@@ -24,7 +24,7 @@ class Cause:
 
     part: str | None  # None: every part was put back alone, and none of them is enough
     scheme: Scheme | None = None  # what the part was raised to; None: full precision
-    bits: int = 0  # how many more are stored with the part at full precision
+    bits: int = 0  # how many more are stored with it
 
     @property
     def name(self) -> str:
@@ -33,7 +33,7 @@ class Cause:
 
     @property
     def bytes(self) -> float:
-        """How many more bytes the part takes at full precision."""
+        """How many more bytes the part takes with what it was raised to."""
         return self.bits / 8
 
     @property
@@ -47,23 +47,32 @@ class Cause:
 
 
 @dataclass(frozen=True)
+class MeasuredWidth:
+    """A plan with more bits for one part, how many more it stores, and its scores by task and example."""
+
+    plan: Plan
+    bits: int
+    scores: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
 class RestoredPart:
     """A part of a plan with more bits, the others unchanged: at full precision, or at wider widths of the study."""
 
     part: str
     bits: int  # how many more are stored with the part at full precision
     plan: Plan  # the part at full precision
-    scores: tuple[tuple[Plan, Mapping[tuple[str, str], float]], ...]  # by task and example; the widest plan first
+    scores: tuple[MeasuredWidth, ...]  # the widest first
 
-    def score(self, change: Change) -> tuple[Plan, float] | None:
-        """The score of an example under the widest plan that has seen it; None where none has."""
+    def score(self, change: Change) -> tuple[MeasuredWidth, float] | None:
+        """The widest of them that has seen an example, and its score there; None where none has."""
         name = change.task, change.example
-        return next(((plan, scores[name]) for plan, scores in self.scores if name in scores), None)
+        return next(((one, one.scores[name]) for one in self.scores if name in one.scores), None)
 
     def is_final(self, change: Change) -> bool:
         """Whether it is known if the part mends an example: full precision was measured, or fewer bits suffice."""
         known = self.score(change)
-        return known is not None and (known[0].key == self.plan.key or known[1] >= change.before.score)
+        return known is not None and (known[0].plan.key == self.plan.key or known[1] >= change.before.score)
 
 
 def put_back(study: Study, plan: Plan) -> list[RestoredPart]:
@@ -76,7 +85,11 @@ def put_back(study: Study, plan: Plan) -> list[RestoredPart]:
             others = [(one[part], one) for differing, one in measured if differing == [part]]
             wider = [(other.bits, one) for other, one in others if other is not None and other.bits > scheme.bits]
             plans = [native, *(one for _, one in sorted(wider, key=lambda pair: -pair[0]))]
-            scores = tuple((one, known) for one in plans if (known := _scores(study, one)))
+            scores = tuple(
+                MeasuredWidth(one, size(study.parts, one).bits - own_bits, known)
+                for one in plans
+                if (known := _scores(study, one))
+            )
             restored.append(RestoredPart(part, size(study.parts, native).bits - own_bits, native, scores))
     return sorted(restored, key=lambda one: one.bits)
 
@@ -94,7 +107,7 @@ def cause(change: Change, parts: Sequence[RestoredPart]) -> Cause | None:
             return None
         by, score = known
         if score >= change.before.score:
-            return Cause(one.part, by[one.part], one.bits)
+            return Cause(one.part, by.plan[one.part], by.bits)
     return Cause(None)
 
 
