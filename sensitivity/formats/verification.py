@@ -32,7 +32,7 @@ REMARKS: dict[str, Callable[[Path, bool], str]] = {"gguf": gguf.remark}
 NLL_TOLERANCE = 1e-4
 
 
-def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
+def verify(folder: Path | str, device: str = "cpu") -> dict[str, object]:
     """Check that an export is undamaged and answers as measured, and store the outcome in the export.
 
     Examples:
@@ -40,6 +40,7 @@ def verify(folder: Path, device: str = "cpu") -> dict[str, object]:
         >>> verify(folder)["verdict"]
         'as measured'
     """
+    folder = Path(folder)
     facts = manifest.read(folder)
     outcome: dict[str, object] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "key": facts["key"]}
     if damage := manifest.damaged_files(folder, facts):

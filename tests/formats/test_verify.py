@@ -114,7 +114,7 @@ def test_a_changed_file_is_told_before_anything_runs(export: Path, tmp_path: Pat
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 255
     (folder / "model.safetensors").write_bytes(content)
-    found = verify(folder)
+    found = verify(str(folder))  # a name, too
     assert found["verdict"] == "damaged"
     assert "model.safetensors was changed" in found["words"]
     assert json.loads((folder / manifest.VERIFIED).read_bytes())["verdict"] == "damaged"

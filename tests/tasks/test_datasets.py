@@ -340,6 +340,20 @@ def test_own_lines_with_a_scorer(tmp_path: Path) -> None:
     assert longer.score("four", longer.examples[0]) == 4
 
 
+def test_fields_of_lines_that_mean_nothing_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", (100, 50))
+    line = {"image": "a.png", "prompt": "?", "answers": ["cat"]}
+    known = {"id": "one", "kind": "animal", "split": "evaluation", "turns": [["?", "!"]]}
+    write(
+        tmp_path / "q.jsonl", [{**line, **known}, {**line, "splt": "calibration", "source": "web"}, {**line, "splt": 1}]
+    )
+    (note,) = task(str(tmp_path / "q.jsonl")).notes
+    told = "splt in 2 of them (did you mean split?), source in 1 of them"
+    assert note == f"fields of lines of {tmp_path / 'q.jsonl'} that are not read: {told}"
+    write(tmp_path / "q.jsonl", [{**line, **known}])
+    assert task(str(tmp_path / "q.jsonl")).notes == ()
+
+
 @pytest.mark.parametrize(
     ("scorer", "line", "message"),
     [

@@ -182,8 +182,8 @@ def print_ranking(ranked: Ranking) -> None:
         span = f"{row['consensus']:.1f}{interval}"
         rows.append((name, span, *shares))
     print_table(
-        f"Importance for {ranked.task}, in percent ({ranked.trials} trials; R2 of the forest {ranked.r2:.2f}, "
-        f"of a linear model {ranked.linear_r2:.2f})",
+        f"Importance for {ranked.task}, in percent ({ranked.trials} trials; R2 of the forest on plans that it has not "
+        f"seen {ranked.r2:.2f}, of a linear model on those that it has {ranked.linear_r2:.2f})",
         ("component", "consensus", "forest", "permutation", "SHAP"),
         rows,
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +48,9 @@ FRAMES = Kind(
     f"a whole number from 1 to {videos.MAX_FRAMES}",
     lambda value: type(value) is int and 1 <= value <= videos.MAX_FRAMES,
 )
+# the fields of a line that are read; the last is added when a line is
+READ = (*SHOWN, "frames", *REQUIRED, "answers", "boxes", *OPTIONAL, "number")
+MOST_NAMED = 5  # of other fields
 MIN_ANSWERS = 4  # of a question, for VQA's accuracy: without one person, three others must be able to agree
 
 Scorer = Callable[[str, tuple[Example, ...], tuple[str, ...]], Task]
@@ -99,8 +104,21 @@ def own_task(
     if path.is_dir():
         return task_from_lines(path, saved.lines_of(path, split, scorer in BOXED), split, n, seed, scorer, score)
     boxes = scorer in BOXED
-    of_split, notes = _of_split(path, list(lines_of(path, boxes)), split, BOXES if boxes else NEEDS)
-    return task_from_lines(path, of_split, split, n, seed, scorer, score, notes)
+    every = list(lines_of(path, boxes))
+    of_split, notes = _of_split(path, every, split, BOXES if boxes else NEEDS)
+    return task_from_lines(path, of_split, split, n, seed, scorer, score, (*notes, *_unread(path, every)))
+
+
+def _unread(path: Path, lines: Iterable[Record]) -> Iterator[str]:
+    """A note on fields of lines that mean nothing here, such as misspelled ones."""
+    counted = Counter(name for line in lines for name in line if name not in READ)
+    each = []
+    for name, number in counted.items():
+        near = difflib.get_close_matches(name, READ, n=1)
+        each.append(f"{shortened(name)} in {number:,} of them{f' (did you mean {near[0]}?)' if near else ''}")
+    if each:
+        more = f" and {len(each) - MOST_NAMED} others" if len(each) > MOST_NAMED else ""
+        yield f"fields of lines of {path} that are not read: {', '.join(each[:MOST_NAMED])}{more}"
 
 
 def _of_split(path: Path, every: list[Record], split: str, needs: str) -> tuple[list[Record], tuple[str, ...]]:
