@@ -107,6 +107,7 @@ def test_sweep_rank_recommend_report_export(study: Path, tmp_path: Path, capsys:
     status, out, _ = run(capsys, "rank", study, "--bootstraps", "10")
     assert status == 0
     assert "Importance for vqa" in out
+    assert re.search(r"forest on plans that it has not seen -?\d\.\d\d, of a linear model on those that it has", out)
     status, out, _ = run(capsys, "recommend", study, "--bpw", "5")
     assert status == 0
     assert "Best plan for 5 bits per weight" in out

@@ -272,6 +272,17 @@ def test_a_sweep_that_starts_from_scores(folder: Path, capsys: pytest.CaptureFix
     assert study.counts() == {"done": 4, "waiting": 0, "running": 0}
     kept = json.loads((out / "expected.json").read_text())
     assert kept["from"] == "swing, gram"
+    capsys.readouterr()
+    told = "redictions start from what swing, gram let expect"
+    assert cli.main(f"recommend {out} --bpw 4 --no-run".split()) == 0
+    assert f"note: p{told}" in capsys.readouterr().out
+    assert json.loads((out / "plan.json").read_text())["provenance"]["expected"] == "swing, gram"
+    assert cli.main(f"report {out}".split()) == 0
+    assert "swing, gram" in (out / "report" / "index.html").read_text()
+    line = f"{SEARCH} --method rtn --scores swing,gram --out {out}"
+    assert run(capsys, line)[0]["expected_from"] == "swing, gram"
+    assert cli.main(line.replace(" --json", "").split()) == 0
+    assert f"P{told}" in capsys.readouterr().out
     assert {row["component"] for row in kept["damages"]} == {"vision", "connector", "language"}
     assert all(row["damage"] > 0 for row in kept["damages"])
     # full precision and one uniform plan; without scores a search opens with both uniform plans

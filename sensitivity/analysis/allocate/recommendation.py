@@ -18,6 +18,7 @@ from sensitivity.spec.plan import Plan, SchemeJson
 from sensitivity.spec.sizes import Size, SizeJson, size
 from sensitivity.study.identity import Meta
 from sensitivity.study.scores import LEAST_CLUSTERS, Score, ScoreJson
+from sensitivity.study.storage.expected import source as expected_source
 from sensitivity.study.study import Study
 
 NEXT_TO_NOTHING = 0.1  # of what full precision has above chance: a plan that keeps less is not to be used
@@ -31,6 +32,7 @@ class Provenance(TypedDict, total=False):
     by: str
     trials: int
     trial_keys: list[str]
+    expected: str  # what the study expected of its components before it measured, if it did
     read: str  # hash of the plans and scores that were read
     asked: RequestJson
     verified: Meta
@@ -223,8 +225,9 @@ def judged_by(weights: Mapping[str, float]) -> str:
 
 def provenance_of(study: Study) -> Provenance:
     """Where a plan came from: the study's metadata, and the trials that were read."""
-    trials = study.measured()
+    trials, origin = study.measured(), expected_source(study.path)
     return {
+        **({} if origin is None else {"expected": origin}),
         "study": study.meta,
         "model": study.parts.model,
         "by": study.parts.by,

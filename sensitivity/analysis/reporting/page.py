@@ -38,7 +38,7 @@ from sensitivity.spec.files import (
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits
 from sensitivity.study import exports
-from sensitivity.study.storage import layer_times
+from sensitivity.study.storage import expected, layer_times
 from sensitivity.study.study import Study
 
 MANY_TRIALS = 1000  # beyond, half the resamples are drawn
@@ -98,9 +98,16 @@ def report(
         estimators=list(ESTIMATORS),
         titles=TITLES,
         time_and_memory=_time_and_memory(study, table, recommendations, files),
-        provenance=json.dumps(study.meta, indent=1, default=str),
+        provenance=_provenance(study),
     )
     return files.write(page)
+
+
+def _provenance(study: Study) -> str:
+    """What a study is about, as JSON, and what it expected of its components before it measured, if it did."""
+    origin = expected.source(study.path)
+    about = study.meta if origin is None else {**study.meta, "expected_from": origin}
+    return json.dumps(about, indent=1, default=str)
 
 
 def _time_and_memory(

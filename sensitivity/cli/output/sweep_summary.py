@@ -21,11 +21,14 @@ def show_summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
     """Print the state of the study, and return it."""
     from sensitivity.study.racing import uncertainty
     from sensitivity.study.stopping import Until
+    from sensitivity.study.storage import expected
 
     goal = Until.parse(args.until).error
     trials, best = json.loads(study.table().to_json(orient="records")), points(study)
     kinds = [{"key": trial.key, **row} for trial in best_so_far(study) for row in study.counts_by_kind(trial.plan)]
     facts = {"study": str(args.out), **study.counts(), "frontier": best, "answers": kinds, "trials": trials}
+    if (origin := expected.source(study.path)) is not None:
+        facts["expected_from"] = origin
     if goal:
         facts["error"] = known = uncertainty(study)
     if not args.json:
@@ -37,6 +40,8 @@ def show_summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
                 f"for {goal:.4f}"
                 f"{missed if known >= goal and not facts['waiting'] else ''}"
             )
+        if origin is not None:
+            print(f"Predictions start from what {origin} let expect of each component, as far as no score disagrees.")
         legal = f" --runtime {args.runtime}" if args.runtime else ""
         recommend = f"sensitivity recommend {shell_word(args.out)} --bpw {_budget(study):g}{legal}"
         print(f"{_progress_words(facts, args.out)}; next: {recommend}")

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
     from sensitivity.spec.limits import warn_of_idle_widths
-    from sensitivity.study.storage import layer_times
+    from sensitivity.study.storage import expected, layer_times
     from sensitivity.study.storage.location import check_stores
     from sensitivity.study.study import Study
 
@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     best, places = _saved(study, best)
     ran = [_in_runtime(args, study, one, vlm, times, request) for one in best]
     notes = dict.fromkeys(note for task in request.weights for note in observations_of(study, task).notes)
+    if (origin := expected.source(study.path)) is not None:
+        notes[f"predictions start from what {origin} let expect of each component, as far as no score disagrees"] = None
     if not args.json:
         for note in notes:
             print(f"note: {note}")

@@ -37,3 +37,9 @@ def read(study: Path) -> Expected | None:
     for row in schema.read(file, "expected", REPAIR)["damages"]:
         damages.setdefault(row["component"], {})[Scheme.from_json(row["scheme"])] = float(row["damage"])
     return damages
+
+
+def source(study: Path) -> str | None:
+    """What a study's expectation was computed from; None where it has none."""
+    file = paths.expected_file(study)
+    return str(schema.read(file, "expected", REPAIR)["from"]) if file.exists() else None
