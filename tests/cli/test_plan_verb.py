@@ -147,6 +147,10 @@ def test_where_scores_misjudge_all_trials_are_used_and_more_are_advised(
     found, err = run(capsys, f"{line.replace('2.6', '7')} --trials 7 --out {folder / 'easy'}")
     assert found["plans_measured"] < 7
     assert "keep little" not in err
+    lines = [line for line in map(json.loads, err.splitlines()) if "plans_done" in line]
+    assert all(line["plans_left"] > 0 for line in lines if line["left"] > 0)
+    assert (lines[-1]["plans_done"], lines[-1]["plans_left"]) == (found["plans_measured"], 0), "the search has ended"
+    assert lines[-1]["left"] == lines[-1]["seconds_left"] == 0
 
 
 def test_a_plan_without_words_opens_with_what_needs_no_gradient(

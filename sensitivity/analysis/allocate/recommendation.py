@@ -18,7 +18,7 @@ from sensitivity.spec.plan import Plan, SchemeJson
 from sensitivity.spec.sizes import Size, SizeJson, size
 from sensitivity.study.identity import Meta
 from sensitivity.study.scores import LEAST_CLUSTERS, Score, ScoreJson
-from sensitivity.study.storage.expected import source as expected_source
+from sensitivity.study.storage.expected import origin_of
 from sensitivity.study.study import Study
 
 NEXT_TO_NOTHING = 0.1  # of what full precision has above chance: a plan that keeps less is not to be used
@@ -225,7 +225,7 @@ def judged_by(weights: Mapping[str, float]) -> str:
 
 def provenance_of(study: Study) -> Provenance:
     """Where a plan came from: the study's metadata, and the trials that were read."""
-    trials, origin = study.measured(), expected_source(study.path)
+    trials, origin = study.measured(), origin_of(study.path)
     return {
         **({} if origin is None else {"expected": origin}),
         "study": study.meta,

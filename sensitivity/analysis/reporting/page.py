@@ -105,7 +105,7 @@ def report(
 
 def _provenance(study: Study) -> str:
     """What a study is about, as JSON, and what it expected of its components before it measured, if it did."""
-    origin = expected.source(study.path)
+    origin = expected.origin_of(study.path)
     about = study.meta if origin is None else {**study.meta, "expected_from": origin}
     return json.dumps(about, indent=1, default=str)
 

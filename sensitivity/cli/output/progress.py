@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
@@ -129,15 +129,16 @@ def show_progress_in_json(
     Without a study, as while plans are verified, it says nothing of a frontier.
     """
     pace, shown, finished = Pace(plans, seconds), 0.0, 0
-    pending: Callable[[], None] | None = None  # prints the latest step, which may be the last one
+    latest: partial[None] | None = None  # prints the latest step, which may be the last one
+    printed = True
     for step in _with_notice(steps):
         finished += 1
-        pending = partial(_print_json, step, *pace.after(step), study)
+        latest, printed = partial(_print_json, step, *pace.after(step), study, plans), False
         if time.monotonic() - shown > 1:
-            pending()
-            pending, shown = None, time.monotonic()
-    if pending:
-        pending()
+            latest()
+            printed, shown = True, time.monotonic()
+    if latest and (plans or not printed):  # a search may end before it has measured as many plans as it may
+        latest(over=True)
     return finished
 
 
@@ -155,12 +156,16 @@ def _with_notice(steps: Iterable[Step]) -> Iterator[Step]:
         yield step
 
 
-def _print_json(step: Step, images: int, seconds: float, study: Study | None) -> None:
-    """Print one line of JSON."""
+def _print_json(step: Step, images: int, seconds: float, study: Study | None, plans: int, over: bool = False) -> None:
+    """Print one line of JSON. plans: how many a search may measure; once it is over, only what waits is left."""
     facts: dict[str, object] = {"done": step.done, "left": images}
     if study is not None:
         counts = study.counts(cached=True)
-        facts |= {"plans_done": counts["done"], "plans_left": counts["waiting"] + counts["running"]}
+        queued = counts["waiting"] + counts["running"]
+        if over and not queued:
+            facts["left"] = seconds = 0
+        left = queued if over else max(queued, plans - counts["done"])
+        facts |= {"plans_done": counts["done"], "plans_left": left}
     facts |= {"seconds_left": round(seconds, 1), "plan": step.plan.describe(), "scores": dict(step.scores)}
     if study is not None:
         facts["frontier"] = points(study)

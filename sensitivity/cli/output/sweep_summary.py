@@ -27,7 +27,7 @@ def show_summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
     trials, best = json.loads(study.table().to_json(orient="records")), points(study)
     kinds = [{"key": trial.key, **row} for trial in best_so_far(study) for row in study.counts_by_kind(trial.plan)]
     facts = {"study": str(args.out), **study.counts(), "frontier": best, "answers": kinds, "trials": trials}
-    if (origin := expected.source(study.path)) is not None:
+    if (origin := expected.origin_of(study.path)) is not None:
         facts["expected_from"] = origin
     if goal:
         facts["error"] = known = uncertainty(study)

@@ -39,7 +39,7 @@ def read(study: Path) -> Expected | None:
     return damages
 
 
-def source(study: Path) -> str | None:
+def origin_of(study: Path) -> str | None:
     """What a study's expectation was computed from; None where it has none."""
     file = paths.expected_file(study)
     return str(schema.read(file, "expected", REPAIR)["from"]) if file.exists() else None
