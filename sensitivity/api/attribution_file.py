@@ -9,6 +9,7 @@ from pathlib import Path
 from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, agreement_of_scores
 from sensitivity.measure.attribution.checks import Checks
 from sensitivity.measure.attribution.scores import SCORES, WITH_ANSWERS, Attribution
+from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.study.storage import paths
@@ -32,17 +33,21 @@ def check_scores_apply(tasks: Sequence[Task], names: Sequence[str] = WITH_ANSWER
         )
 
 
-def agreements(out: Path, scores: Sequence[Attribution], names: Sequence[str]) -> dict[str, ScoreAgreement | str]:
-    """How well each score predicts the measured plans of the study in a folder; empty if the folder holds no study.
-
-    Where that is not known, a sentence says why.
-    """
+def study_beside(out: Path, vlm: VLM, names: Sequence[str]) -> Study | None:
+    """The study in the folder of the scores, if it holds one; an error if that is about another model or components."""
     if not paths.is_study(out):
-        return {}
+        return None
     study = Study(out)
+    if "imported" not in study.meta:  # whose table says of its model no more than a name
+        study.check_model(vlm.name, vlm.fingerprint)
     if study.parts.names != tuple(names):
         raise UserError(f"the study in {out} has other components than --by gives; choose another --out")
-    return {one.name: agreement_of_scores(study, one.scores) for one in scores}
+    return study
+
+
+def agreements(study: Study | None, scores: Sequence[Attribution]) -> dict[str, ScoreAgreement | str]:
+    """How well each score predicts a study's measured plans, or a sentence that says why that is not known."""
+    return {} if study is None else {one.name: agreement_of_scores(study, one.scores) for one in scores}
 
 
 def check_writable(out: Path) -> None:
@@ -57,7 +62,7 @@ def check_writable(out: Path) -> None:
 
 
 def attributions_json(
-    model: str,
+    vlm: VLM,
     scores: Sequence[Attribution],
     measured: Mapping[str, ScoreAgreement | str],
     checks: Checks | None = None,
@@ -66,7 +71,8 @@ def attributions_json(
     return {
         "title": TITLE,
         "version": VERSION,
-        "model": model,
+        "model": vlm.name,
+        "fingerprint": vlm.fingerprint,
         "scores": {
             one.name: {
                 "cpu_seconds": one.seconds,

@@ -175,7 +175,7 @@ def explain_plan(
     ids = names_of([(task.name, example.id) for task in data for example in task.examples])
     boxes: dict[str, MovedNumber] = {}
     if writes_boxes(data):
-        distances = distances_in(study, plan, names)
+        distances = distances_in(study, plan, [task.name for task in data])
         for number, name in enumerate(NUMBERS):
             counted = partial(tokens_of, vlm, number)
             of_number = integrated(f"loss of '{name}' in boxes", NUMBER_TOLERANCE, NUMBER_PASSES, counted)

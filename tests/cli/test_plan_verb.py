@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from sensitivity import scheme
+from sensitivity import UserError, inspect, load, scheme, task
 from sensitivity.analysis.allocate.kept_recommendation import recommended
 from sensitivity.api import explaining, planning
 from sensitivity.cli import main as cli
 from sensitivity.measure.attribution import calibrated
 from sensitivity.measure.gradients.first_order import gather
 from sensitivity.spec.plan import Plan
+from sensitivity.study.storage import attributions
 from sensitivity.study.study import Study
 
 MODEL = "embedded:scenes-llava"
@@ -181,6 +184,14 @@ def test_scores_of_components_and_how_well_they_foretell(folder: Path, capsys: p
         assert one["passes"] > 0
         assert one["check"]["plans"] == 8
     assert json.loads((folder / "study" / "attributions.json").read_text())["title"] == "attributions"
+    facts = {"model": "org/other", "fingerprint": "f", "tasks": ["vqa"], "n": 4, "seed": 0}
+    Study.create(folder / "other", inspect(MODEL, by="part"), ["vqa"], facts)
+    assert cli.main([*line.split()[:-1], str(folder / "other")]) == 2
+    assert f"other was measured on org/other, and {MODEL} is another model" in capsys.readouterr().err
+    assert not (folder / "other" / "attributions.json").exists()
+    assert attributions.read(folder / "study", "gram", load(MODEL).fingerprint)
+    with pytest.raises(UserError, match="is about another model than the study beside it; compute it again with"):
+        attributions.read(folder / "study", "gram", "f")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "attributions.json").write_text("mine")
     assert cli.main([*line.split()[:-1], str(folder / "foreign")]) == 2
@@ -221,6 +232,19 @@ def test_what_moved_each_number_of_a_box(folder: Path, capsys: pytest.CaptureFix
         assert sum(one["components"].values()) == pytest.approx(one["change"], rel=one["missing"] + 1e-6, abs=1e-6)
     # what stands between the numbers is sure
     assert sum(one["change"] for one in found["boxes"].values()) == pytest.approx(found["change"], rel=0.2)
+
+
+def test_boxes_of_a_file_of_ones_own_move_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The study knows the task by its name, `mine`, and not by the path that was given."""
+    lines = []
+    for one in task("ground", n=16).examples:
+        Image.fromarray(np.asarray(one.image)).save(folder / f"{one.id}.png")
+        lines.append({"image": f"{one.id}.png", "prompt": one.prompt, "boxes": [[4, 4, 20, 20]]})
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    line = f"sweep {MODEL} --task iou:{folder / 'mine.jsonl'} --by part --method rtn --bits 3 --search one-at-a-time"
+    run(capsys, f"{line} --n 8 --out {folder / 'own'} --json")
+    found, _ = run(capsys, f"explain {folder / 'own'} --plan 1 --calibration-n 2 --json")
+    assert all(one["moved"] >= 0 for one in found["boxes"].values())
 
 
 @pytest.mark.usefixtures("briefly_timed")

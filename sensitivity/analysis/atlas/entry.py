@@ -92,7 +92,7 @@ def _entry(study: Study, task: str) -> Entry | None:
         return None
     damages = damages_of(model)
     schemes = {name: set(row) for name, row in damages.items()}
-    errors = attributions.read(study.path, ERROR)
+    errors = attributions.read(study.path, ERROR, study.meta.get("fingerprint"))
     about = About(
         model=Path(study.parts.model).name,  # not the whole path, since an atlas is for others, too
         weights=study.meta.get("fingerprint"),

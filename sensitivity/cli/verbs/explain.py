@@ -97,6 +97,7 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
         check_scores_apply,
         check_writable,
         save_attributions,
+        study_beside,
     )
     from sensitivity.api.planning import check_float_path
     from sensitivity.api.scoring import scored
@@ -114,13 +115,14 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     vlm, parts, tasks = loaded(args)
     check_scores_apply(tasks, args.scores)
     check_tasks_fit(vlm, tasks)
+    study = study_beside(args.out, vlm, parts.names)
     data = args.calibration or args.task
     with show_stages(args.json):
         scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
-    measured = agreements(args.out, scoring.scores, parts.names)
+    measured = agreements(study, scoring.scores)
     have_loss = not any(task.gallery for task in tasks)  # checks compare losses of answers; retrieval has no answers
     checks = score_checks.check_scores(scoring.given, scoring.scores, args.check) if have_loss else None
-    content = attributions_json(vlm.name, scoring.scores, measured, checks)
+    content = attributions_json(vlm, scoring.scores, measured, checks)
     file = save_attributions(args.out, content)
     if not args.json:
         print_attributions(scoring.scores, measured, checks)
