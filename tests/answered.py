@@ -43,9 +43,10 @@ def study(
         for task in tasks:
             for example in task.examples:
                 text = answer(last.plan, example)
+                score = task.score(text, example)
                 row = {"task": task.name, "example": example.id, "cluster": example.cluster, "kind": example.kind,
-                       "score": task.score(text, example), "nll": 0.1 if last.plan.is_native else 1.0, "answer": text,
-                       "cut": len(text) > 20, "malformed": not task.readable(text)}  # fmt: skip
+                       "score": score, "nll": 0.1 if last.plan.is_native else 1.0, "answer": text,
+                       "cut": len(text) > 20, "malformed": task.is_malformed(text, score)}  # fmt: skip
                 for name, value in row.items():
                     rows.setdefault(name, []).append(value)
         made.tell(last, rows, {"seconds": 1.0, "path": "fast", "versions": {"sensitivity": "0"}})

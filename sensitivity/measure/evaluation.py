@@ -33,19 +33,20 @@ def evaluate(vlm: VLM, task: Task, plain: bool = False) -> Rows:
 
 def example_rows(task: Task, batch: Batch, answers: list[Answer], nll: list[float]) -> Rows:
     """The results of one batch as columns of the examples table, with every answer scored."""
+    scores = [
+        score if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
+        for score, one_nll in zip(task.scores([one.text for one in answers], batch.examples), nll, strict=True)
+    ]
     return {
         "task": [task.name] * len(answers),
         "example": [example.id for example in batch.examples],
         "cluster": [example.cluster for example in batch.examples],
         "kind": [example.kind for example in batch.examples],
-        "score": [
-            score if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
-            for score, one_nll in zip(task.scores([one.text for one in answers], batch.examples), nll, strict=True)
-        ],
+        "score": [*scores],
         "nll": [*nll],
         "answer": [given.text for given in answers],
         "cut": [given.cut for given in answers],
-        "malformed": [not task.readable(given.text) for given in answers],
+        "malformed": [task.is_malformed(given.text, score) for given, score in zip(answers, scores, strict=True)],
     }
 
 

@@ -68,7 +68,8 @@ def test_multiple_choice(tmp_path: Path) -> None:
         0,
         0,
     ]
-    assert [found.readable(text) for text in ("B", "a cat")] == [True, False]
+    said = [(text, found.score(text, example)) for text in ("B", "C", "a cat", "a dog")]
+    assert [found.is_malformed(text, score) for text, score in said] == [False, False, False, True]
     with pytest.raises(UserError, match=r"is answered with 'a cat'; in choice: the first answer is the letter"):
         own(tmp_path, "choice", {"answers": ["a cat"]})
 
