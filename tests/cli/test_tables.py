@@ -26,6 +26,13 @@ ROWS = (
 WORDS = {word for row in (HEADS, *ROWS) for cell in row for word in cell.split()}
 
 
+def test_numbers_stand_to_the_right_and_plans_never(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("Plans", ("plan", "n"), [("07bf2c60 all 2", "7"), ("6d05e682 vision 2 · language 4", "12")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith("07bf2c60 all 2 ")
+    assert lines[3].endswith("  7")
+
+
 @pytest.mark.parametrize("columns", [20, 37, 38, 44, 60, 200])
 def test_no_word_is_cut(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -58,7 +58,9 @@ def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[object
         return
     grid = Table(*heads, box=None, pad_edge=False)
     for i, (column, width) in enumerate(zip(grid.columns, widths, strict=True)):
-        column.justify = "right" if cells and all(row[i].lstrip("+-")[:1].isdigit() for row in cells) else "left"
+        numbers = cells and all(row[i].lstrip("+-")[:1].isdigit() for row in cells)
+        # a plan may begin with its key, and a key with a digit
+        column.justify = "right" if numbers and "plan" not in heads[i].split() else "left"
         column.overflow, column.width = "fold", width
     for row in cells:
         grid.add_row(*(escape(cell) for cell in row))
