@@ -85,3 +85,10 @@ def test_a_single_plan_is_swept_like_a_list_of_one(scenes_llava: VLM, tmp_path: 
     parts = inspect(scenes_llava, by="part")
     study = sweep(scenes_llava, parts, Plan.uniform(parts, None), "vqa", tmp_path / "run", n=4)
     assert [trial.plan.is_native for trial in study.trials()] == [True]
+
+
+def test_what_a_notebook_shows_is_a_line(study: Study) -> None:
+    assert repr(study) == f"<Study {study.path} of planted on vqa: plans 27 done, 0 waiting, 0 running>"
+    assert repr(sensitivity.task("vqa", n=20)) == "<Task vqa: n 20 on 4 images>"
+    assert repr(PARTS) == "<ComponentMap of planted by linear: vision, connector, language>"
+    assert repr(inspect("embedded:scenes-llava", by="linear")).endswith(" and 58 more>")

@@ -18,6 +18,7 @@ KINDS = ("attn", "cross", "ff")
 EMBEDDING, HEAD = "embedding", "head"  # the token embedding and the output head: kept unless --include names them
 VOCABULARY = (EMBEDDING, HEAD)  # the weights with a row per token of the vocabulary
 KEY_VALUE = ("k_proj", "k", "key", "v_proj", "v", "value")  # layers whose outputs attention caches
+MAX_NAMED = 8  # most components that a map's line names
 LABELS = {"vision": "ViT", "connector": "Q-Former / projector", "language": "LLM"}  # papers' names, for figures
 
 
@@ -190,6 +191,12 @@ class ComponentMap:
     native_bits: int = 16  # bits per weight of the checkpoint, for everything that is not quantized
     sized: bool = True  # False where no sizes are known, as in a table without them: all components then count alike
     shaped: bool = True  # False where weights stand for components of a table, which says nothing of their shapes
+
+    def __repr__(self) -> str:
+        """The names of its components: all weights would fill pages."""
+        names = self.names
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        return f"<ComponentMap of {self.model} by {self.by}: {', '.join(names[:MAX_NAMED])}{more}>"
 
     @cached_property
     def components(self) -> tuple[Component, ...]:

@@ -60,6 +60,10 @@ class Study:
         self._answers = Answers(self.path)
         self._compared: dict[tuple[str, str, int, int], tuple[Score | None, AnswerCounts | None]] = {}
 
+    def __repr__(self) -> str:
+        plans = ", ".join(f"{number:,} {state}" for state, number in self.counts().items())
+        return f"<Study {self.path} of {self.parts.model} on {', '.join(self.tasks)}: plans {plans}>"
+
     @classmethod
     def create(
         cls,
