@@ -239,6 +239,9 @@ def test_two_studies_as_a_page(pair: tuple[Study, Study], tmp_path: Path) -> Non
         assert figure.startswith("Lines of the best vqa that each size reaches; within ")
         texts = window.run("return [...document.querySelectorAll('figure svg text')].map(t => t.textContent)")
         assert {"A", "B"} <= set(texts)
+        window.devtools("Emulation.setDeviceMetricsOverride", width=1280, height=800, deviceScaleFactor=1, mobile=False)
+        seen = "const a = document.querySelector('.scroll:has(table)'); return a.scrollWidth - a.clientWidth"
+        assert window.run(seen) == 0, "both plans are in sight"
         window.devtools("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
         height = "return [...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
         assert min(window.run(height)) > 9, "figures scroll on a phone, as in a report"
@@ -270,6 +273,8 @@ def test_of_many_plans_that_both_measured_those_are_shown_that_differ_most(tmp_p
         in found.words[-1]
     )
     assert len(found.to_json()["rows"]) == len(found.rows)  # type: ignore[arg-type]
+    named = side(f"{tmp_path / 'a'}:{plans[1].key}")
+    assert compare_sides(named, named).notes == ("A and B are the same plan of the same study",)
     same = compare_sides(side(str(tmp_path / "a")), side(str(tmp_path / "a")))
     assert [row for row in same.shown if row.what == SAME] == [], "equal scores need no row"
 

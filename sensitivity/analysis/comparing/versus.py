@@ -144,7 +144,8 @@ def _notes(first: Side, second: Side) -> Iterator[str]:
     a, b = first.study, second.study
     if Pairing(a, b).same_study and (None in (first.plan, second.plan) or first.plan == second.plan):
         what = "plan of the same study" if first.plan or second.plan else "study"
-        yield f"A and B are the same {what}; two plans of one study are compared as STUDY:KEY and STUDY:KEY"
+        how = "" if first.plan and second.plan else "; two plans of one study are compared as STUDY:KEY and STUDY:KEY"
+        yield f"A and B are the same {what}{how}"
     for what in ("model", "dtype", "n", "seed"):
         ours, theirs = a.meta.get(what), b.meta.get(what)
         if ours != theirs:
