@@ -133,7 +133,7 @@ def test_truncated_images_are_counted_before_a_sweep_and_more_than_the_share_ref
     cut(paths[5])
     found = task(f"gqa:{tmp_path}")
     assert len(found.examples) == len(chosen) - 1
-    lost = f"{chosen[5].id}: {paths[5].name}"
+    lost = f"{chosen[5].id}: {paths[5].relative_to(tmp_path)}"
     assert found.notes[-1] == f"1 of {len(chosen)} examples left out: a truncated image ({lost})"
     for path in paths[6:9]:
         cut(path)

@@ -183,8 +183,17 @@ class DatasetFolder:
                     return known[key]
             return None
 
-        unreadable = [Flaw(_named(example), reason) for example in drawn if (reason := why(example))]
+        unreadable = [Flaw(self._named(example), reason) for example in drawn if (reason := why(example))]
         return tuple(e for e in drawn if not why(e)), tuple(self.flaw_notes(unreadable, len(drawn)))
+
+    def _named(self, example: Example) -> str:
+        """An example's id, with the path of its image from the data's folder, or else the name of its file."""
+        image = example.image
+        if not isinstance(image, Path | Frame):
+            return shortened(example.id)
+        if isinstance(image, Path) and image.is_relative_to(self.folder):
+            return f"{shortened(example.id)}: {shortened(str(image.relative_to(self.folder)))}"
+        return f"{shortened(example.id)}: {shortened(image.name)}"
 
     def flaw_notes(self, flaws: Sequence[Flaw], total: int) -> list[str]:
         """One note per kind of flaw, or an error if there are too many flaws."""
@@ -208,15 +217,6 @@ def checked_records(
             yield check(entry, required, optional, what)
     else:
         raise InvalidValue(f"{what} should be a list, not {quoted(entries)}")
-
-
-def _named(example: Example) -> str:
-    """An example's id, with its image's file name if it has one."""
-    return (
-        f"{shortened(example.id)}: {shortened(example.image.name)}"
-        if isinstance(example.image, Path | Frame)
-        else shortened(example.id)
-    )
 
 
 def _next_object(text: str, at: int) -> int:
