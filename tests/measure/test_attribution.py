@@ -15,6 +15,7 @@ from few import few
 from torch import Tensor
 
 from sensitivity.measure.attribution import scores as scoring
+from sensitivity.measure.attribution import weight_errors
 from sensitivity.measure.attribution.blame import Blame, blame_of, patch_grid, summed_grids
 from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_of, writes_boxes
 from sensitivity.measure.attribution.calibrated import Calibrated
@@ -25,7 +26,7 @@ from sensitivity.measure.attribution.weight_errors import WeightErrors, plan_cha
 from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.gradients.backward import answer_loss, backward_pass
 from sensitivity.measure.gradients.path_integral import PathIntegral, integrate_path
-from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.install.plan_in_model import prepare, quantized
 from sensitivity.measure.passes.token_batches import VISION, TokenBatch, answer_batches
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
@@ -224,6 +225,27 @@ def test_what_cannot_be_scored_is_a_sentence(given: Calibrated, monkeypatch: pyt
     monkeypatch.setitem(scoring.SCORES, "gram", lambda given: worthless)
     with pytest.raises(UserError, match="the gram score of vision at rtn:2 is NaN or infinite"):
         attribute(given, ["gram"])
+
+
+@pytest.mark.parametrize("names", [["change", "swing"], ["gram", "fisher", "kfac"], ["swing", "gram"]])
+def test_scores_that_are_asked_for_together_quantize_each_weight_once(
+    given: Calibrated, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_codes = replace(given)
+    few_codes.__dict__["errors"] = WeightErrors(given.vlm.model, given.parts, given.schemes, given.statistics, limit=0)
+    named: list[str] = []
+
+    def counted(model: Any, blocks: Any, plans: list[Plan], *more: Any) -> None:
+        named.extend(name for name, choice in plans[0].schemes if choice is not None)
+        prepare(model, blocks, plans, *more)
+
+    monkeypatch.setattr(weight_errors, "prepare", counted)
+    found = attribute(few_codes, names)
+    assert sorted(named) == sorted(given.parts.regroup("block").names)
+    for whole, one in zip(attribute(given, names), found, strict=True):
+        assert one.seconds > few_codes.seconds["layers"] * (one.name not in ("change", "fisher"))
+        for part, row in whole.scores.items():
+            assert list(one.scores[part].values()) == pytest.approx(list(row.values()), rel=1e-5), (one.name, part)
 
 
 def test_a_block_at_a_time_gives_the_same_scores(given: Calibrated) -> None:

@@ -64,8 +64,15 @@ class Calibrated:
     @cached_property
     def layers(self) -> dict[str, LayerErrors]:
         """The errors of each layer, by weight name; computed block by block, so that few codes are in memory."""
-        found = {}
-        for weight in (weight for group in self.errors.by_group() for weight in group if not weight.is_embedding):
+        found: dict[str, LayerErrors] = {}
+        for group in self.errors.by_group():
+            found |= self._layers_of(group)
+        return found
+
+    def _layers_of(self, group: Sequence[Weight]) -> dict[str, LayerErrors]:
+        """The errors of the layers of a group of blocks."""
+        found, began = {}, time.process_time()
+        for weight in (weight for weight in group if not weight.is_embedding):
             own, gram = self.errors.own[weight.name].float(), self.statistics.gather([weight])[input_of(weight)].gram
             errors = [error.float() for error in self.errors.of(weight)]
             found[weight.name] = LayerErrors(
@@ -74,30 +81,43 @@ class Calibrated:
                 [float(error.square().sum()) for error in errors],
                 torch.stack([_quadratic(error, gram) for error in errors]).cpu(),
             )
+        self.seconds["layers"] = self.seconds.get("layers", 0.0) + time.process_time() - began
         return found
 
     def gather(self, *kinds: str) -> None:
         """Compute some of GATHERED, as far as they are missing; those asked for together share backward passes.
 
-        Errors take a pass for each group of blocks whose errors fit into memory together, squares of gradients one.
+        `layers` may be asked for beside them, to have its errors computed together with theirs.
+
+        Errors take a pass for each group of blocks whose errors fit into memory together, squares of gradients one: the
+        last of those, when the errors of all layers are known, so that each group is quantized once.
         """
         missing = [kind for kind in GATHERED if kind in kinds and kind not in self.gathered]
-        if "squares" in missing:
-            self.layers  # noqa: B018 - computed before the pass, which is timed
         with_errors = [kind for kind in missing if kind != "squares"]
-        for group in self.errors.by_group() if with_errors else [[]] if missing else []:
+        wanted = ("squares" in missing or "layers" in kinds) and "layers" not in vars(self)
+        layers: dict[str, LayerErrors] | None = {} if wanted and with_errors else None
+        if wanted and missing and not with_errors:
+            self.layers  # noqa: B018 - computed before the pass, which is timed
+        groups = self.errors.by_group() if with_errors else [[]] if missing else []
+        for place, group in enumerate(groups, start=1):
             began = time.process_time()
             if group:
                 self.errors.hold(group)  # only some kinds need it, which count its seconds
             quantizing = time.process_time() - began
-            run = partial(self._pass, missing, {weight.name for weight in group})
+            is_last = not group or place == len(self.errors.groups)
+            if group and layers is not None:
+                layers |= self._layers_of(group)
+                self.seconds["layers"] += quantizing
+                if is_last:
+                    vars(self)["layers"] = layers
+            kinds = missing if is_last else with_errors
+            run = partial(self._pass, kinds, {weight.name for weight in group})
             found, passed = in_rows_that_fit(self.vlm, self.data, run)
             self.loss = passed.loss / max(passed.examples, 1)
-            for kind, one, own in zip(missing, found, passed.own_seconds, strict=True):
+            for kind, one, own in zip(kinds, found, passed.own_seconds, strict=True):
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + passed.seconds + own
                 self.seconds[kind] += quantizing if kind in with_errors else 0.0
                 self.gathered.setdefault(kind, one).sums.update(one.sums)
-            missing = with_errors
 
     def _pass(
         self, kinds: Sequence[str], scored: Collection[str], data: Callable[[], Iterable[TokenBatch]]
