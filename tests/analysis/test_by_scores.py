@@ -184,13 +184,15 @@ def test_why_no_agreement_is_known_is_said(tmp_path: Path, capsys: pytest.Captur
     assert str(agreement_of_scores(many, none)).startswith(f"0 of 39 quantized plans in {many.path} hold only what is")
     assert "since others hold" in str(agreement_of_scores(many, none))
     print_attributions(
-        [Attribution("gram", truth, 1.0)],
+        [Attribution(name, truth, 1.0) for name in ("gram", "kl")],
         {"gram": agreement_of_scores(many, none)},
-        Checks({"gram": Check(8, 0.5, 1.0)}, 1.0),
+        Checks({"gram": Check(8, 0.5, None), "kl": Check(8, None, 1.0)}, 1.0),
     )
     said = capsys.readouterr().out
     assert said.count("0 of 39 quantized plans in") == 1
     assert "error: root mean square of what the prediction misses" in said
+    assert "–: gram only orders plans, in no unit of damage" in said
+    assert "–: too few sums of kl differ for a rank correlation" in said
     assert "rank correlation, study" not in said
     same = {name: dict.fromkeys(row, 0.0) for name, row in truth.items()}
     assert "have all the same score, or the same sum of scores" in str(agreement_of_scores(many, same))

@@ -22,6 +22,7 @@ from sensitivity.analysis.importance import estimators, robustness, tree_shap
 from sensitivity.analysis.importance.estimators import CONSENSUS, ESTIMATORS, shares
 from sensitivity.analysis.importance.random_forest import RandomForest
 from sensitivity.analysis.importance.ranking import cached, rank, rank_correlations
+from sensitivity.analysis.importance.robustness import inseparable
 from sensitivity.analysis.observations import observations_of, observations_of_table
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.page import report
@@ -200,6 +201,9 @@ def test_components_that_always_move_together_are_named() -> None:
     table = pd.DataFrame(bits, columns=list(planted.PARTS)).assign(score=planted.additive(bits))
     found = rank(observations_of_table(table, planted.PARTS, "score"), bootstraps=0)
     assert "vision and connector always had the same bits" in " ".join(found.warnings)
+    table["language"] = table["vision"]
+    told = " ".join(inseparable(observations_of_table(table, planted.PARTS, "score")))
+    assert told == "vision, connector and language always had the same bits: their shares cannot be told apart"
 
 
 def test_per_megabyte_and_coarser_parts(tmp_path: Path) -> None:

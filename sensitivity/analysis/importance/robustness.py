@@ -216,8 +216,11 @@ def _that_move(observations: Observations) -> set[str]:
 
 def inseparable(observations: Observations) -> list[str]:
     """Warn of components that had equal bits in every trial: no data can tell their importance apart."""
-    warnings = []
-    for (i, a), (j, b) in itertools.combinations(enumerate(observations.names), 2):
-        if np.array_equal(observations.bits[:, i], observations.bits[:, j]):
-            warnings.append(f"{a} and {b} always had the same bits: their shares cannot be told apart")
-    return warnings
+    alike: dict[bytes, list[str]] = {}  # by what bits a component had
+    for name, bits in zip(observations.names, observations.bits.T, strict=True):
+        alike.setdefault(bits.tobytes(), []).append(name)
+    return [
+        f"{', '.join(names[:-1])} and {names[-1]} always had the same bits: their shares cannot be told apart"
+        for names in alike.values()
+        if len(names) > 1
+    ]

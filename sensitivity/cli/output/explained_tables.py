@@ -70,6 +70,10 @@ def _score_checks(
     )
     if plans:
         print("  error: root mean square of what the prediction misses, in percent of the damage; 100 if it is none")
+        if no_unit := [name for name, check in checks.by_score.items() if check.error is None]:
+            print(f"  –: {', '.join(no_unit)} only order{'s' if len(no_unit) == 1 else ''} plans, in no unit of damage")
+        if too_few := [name for name, check in checks.by_score.items() if check.rank_correlation is None]:
+            print(f"  –: too few sums of {', '.join(too_few)} differ for a rank correlation (--check runs more plans)")
     for why in dict.fromkeys(one for one in measured.values() if isinstance(one, str)):
         print(f"  not compared with the study: {why}")
 

@@ -110,11 +110,11 @@ class Calibrated:
                 self.seconds["layers"] += quantizing
                 if is_last:
                     vars(self)["layers"] = layers
-            kinds = missing if is_last else with_errors
-            run = partial(self._pass, kinds, {weight.name for weight in group})
+            together = missing if is_last else with_errors
+            run = partial(self._pass, together, {weight.name for weight in group})
             found, passed = in_rows_that_fit(self.vlm, self.data, run)
             self.loss = passed.loss / max(passed.examples, 1)
-            for kind, one, own in zip(kinds, found, passed.own_seconds, strict=True):
+            for kind, one, own in zip(together, found, passed.own_seconds, strict=True):
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + passed.seconds + own
                 self.seconds[kind] += quantizing if kind in with_errors else 0.0
                 self.gathered.setdefault(kind, one).sums.update(one.sums)
