@@ -364,6 +364,25 @@ def test_a_legal_plan_stays_and_costs_nothing(planted: Study) -> None:
     assert found.words == "nothing: the plan is legal as it is"
 
 
+def test_a_plan_that_files_hold_wider_gives_way_to_a_better_one_of_the_same_files(
+    planted: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GGUF's blocks have 4 bits or more: a part of 3 bits is as large there as one of 4."""
+    plan = Plan.of(planted.parts, {"vision": rtn(3)}, rtn(4))
+    found = exporting.legalize(planted, plan, "gguf")
+    assert found.violations == ()
+    assert found.after.bits <= found.before.bits
+    assert found.plan["vision"].bits > 3  # type: ignore[union-attr]
+    assert found.predicted_after.score > found.predicted_before.score  # type: ignore[union-attr]
+    exporting.export(planted, plan, tmp_path / "plan.json")
+    assert cli.main(["legalize", str(tmp_path / "plan.json"), "--runtime", "gguf"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"can be loaded, but there is a better plan of its size: .* gguf files instead of its own", said)
+    kept = exporting.legalize(planted, found.plan, "gguf")
+    assert kept.plan == found.plan
+    assert kept.words.startswith("nothing")
+
+
 def test_an_illegal_export_says_what_breaks_and_what_fits_at_what_cost(planted: Study, tmp_path: Path) -> None:
     plan = Plan.of(planted.parts, {"vision": rtn(3, 32, False)}, rtn(4))
     with pytest.raises(UserError) as caught:

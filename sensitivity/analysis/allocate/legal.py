@@ -19,6 +19,8 @@ from sensitivity.spec.runtimes.table import abilities, files_of, sweep_flags
 from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
+WIDER = 1.02  # times the size of a plan, from which on its files hold more than it
+
 
 @dataclass(frozen=True)
 class Legal:
@@ -28,8 +30,10 @@ class Legal:
     task: str
     asked: Plan
     violations: tuple[str, ...]  # why the plan that was asked for cannot be loaded; empty if it can
+    too_large: bool  # whether it is larger than the budget, as the runtime's files hold it
     plan: Plan
-    before: Size
+    own: Size  # of the plan that was asked for, as its methods store it
+    before: Size  # and as the runtime's files hold it
     after: Size
     predicted_before: Predicted | None  # None where the plan holds a scheme that was never measured
     predicted_after: Predicted | None
@@ -37,14 +41,22 @@ class Legal:
     @property
     def words(self) -> str:
         """What the change costs in score and bytes, as the end of a sentence."""
-        if self.plan == self.asked:
+        if self.plan == self.asked and not _held_wider(self.own, self.before):
             return "nothing: the plan is legal as it is"
+        if self.plan == self.asked:
+            return f"nothing in score; {self.wider}"
         if not self.before.sized:
             words = f"{self.after.bpw:.3f} bpw instead of {self.before.bpw:.3f} {self.after.counted}"
             return f"{self._scores}{words}"
         change = 100 * (self.after.bytes - self.before.bytes) / self.before.bytes
         bytes_ = f"{self.after.bytes:,} bytes instead of {self.before.bytes:,} ({change:+.1f} %), {self.after.counted}"
         return f"{self._scores}{bytes_}"
+
+    @property
+    def wider(self) -> str:
+        """How much more than the plan that was asked for its files hold, where a runtime has no codes so narrow."""
+        more = 100 * (self.before.bits / self.own.bits - 1)
+        return f"{self.before.bpw:.3f} bpw {self.before.counted} instead of its own {self.own.bpw:.3f} ({more:+.1f} %)"
 
     @property
     def _scores(self) -> str:
@@ -65,6 +77,7 @@ class Legal:
             "describe": self.plan.describe(),
             "size": self.after.to_json(),
             "size_asked": self.before.to_json(),
+            "own_size_asked": self.own.to_json(),
             "predicted": self.predicted_after and self.predicted_after.to_json(),
             "predicted_asked": self.predicted_before and self.predicted_before.to_json(),
             "cost": self.words,
@@ -74,17 +87,28 @@ class Legal:
 def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, task: str | None = None) -> Legal:
     """The plan itself if a runtime can load it, otherwise the best predicted one of at most its size, or of `bpw`.
 
-    Sizes are counted as in the runtime's files.
+    Sizes are counted as in the runtime's files. Where those hold the plan's codes wider than they are, the best plan of
+    the same files is it that counts, since it may have widths that cost no more there.
     """
     task = check_task(study, task)
-    before = size(study.parts, plan, files_of(runtime))
+    own, before = size(study.parts, plan), size(study.parts, plan, files_of(runtime))
     violated = tuple(violations(study.parts, plan, runtime))
     predicted = _predicted(study, plan, task)
-    fits = bpw is None or before.bits <= budget_bits(study.parts, bpw)
-    if not violated and fits:
-        return Legal(runtime, task, plan, (), plan, before, before, predicted, predicted)
-    best = best_legal_plan(study, runtime, before.bpw if bpw is None else bpw, task)
-    return Legal(runtime, task, plan, violated, best.plan, before, best.size, predicted, best.predicted.get(task))
+    too_large = bpw is not None and before.bits > budget_bits(study.parts, bpw)
+    itself = Legal(runtime, task, plan, (), False, plan, own, before, before, predicted, predicted)
+    loads = not (violated or too_large)
+    if loads and (predicted is None or not _held_wider(own, before)):
+        return itself
+    best = best_legal_plan(study, runtime, before.bpw if bpw is None or loads else bpw, task)
+    now = best.predicted.get(task)
+    if loads and (predicted is None or now is None or now.score <= predicted.score):
+        return itself
+    return Legal(runtime, task, plan, violated, too_large, best.plan, own, before, best.size, predicted, now)
+
+
+def _held_wider(own: Size, held: Size) -> bool:
+    """Whether files hold a plan's codes wider than they are, which is more than some bytes around them."""
+    return held.bits > WIDER * own.bits
 
 
 def best_legal_plan(study: Study, runtime: str, bpw: float, task: str | None = None) -> Candidate:

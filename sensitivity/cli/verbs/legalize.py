@@ -45,8 +45,10 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         for violation in legal.violations:
             print(f"{legal.runtime} cannot load this plan: {violation}")
         before, after = (f"{size.bpw:.3f} bpw {size.counted}" for size in (legal.before, legal.after))
-        if legal.plan != legal.asked and not legal.violations:
+        if legal.too_large and not legal.violations:
             print(f"too large for the budget: {legal.asked.describe()}, {before}")
+        elif legal.plan != legal.asked and not legal.violations:
+            print(f"can be loaded, but there is a better plan of its size: {legal.asked.describe()}, {legal.wider}")
         print(f"{'can be loaded as it is' if legal.plan == legal.asked else 'best plan'}: {legal.plan.describe()}")
         print(f"  {after}" + (f", {legal.after.bytes:,} bytes" if legal.after.sized else ""))
         print(f"cost: {legal.words}")
