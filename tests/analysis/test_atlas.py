@@ -155,14 +155,14 @@ def test_relative_errors_count_as_far_as_they_help(monkeypatch: pytest.MonkeyPat
     assert few.trust == 0.0  # two models do not show whether they help
 
 
-def planted_study(path: Path, number: int, model: str | None = None, noise: float = 0.005) -> Study:
+def planted_study(path: Path, number: int, model: str | None = None, noise: float = 0.005, count: int = 40) -> Study:
     draw = np.random.default_rng(number)
     half, parts = halves(draw), replace(shapes(draw), model=model or f"folder/m{number}")
 
     def score(bits: np.ndarray) -> np.ndarray:
         return np.asarray(0.8 * np.exp(-sum(planted.damage(bits[:, c], at) for c, at in enumerate(half))))
 
-    return planted.study(path, {"a": score}, noise, components=parts, rows=ROWS[draw.permutation(len(ROWS))[:40]])
+    return planted.study(path, {"a": score}, noise, components=parts, rows=ROWS[draw.permutation(len(ROWS))[:count]])
 
 
 def test_studies_go_in_and_a_new_model_comes_out(tmp_path: Path) -> None:
@@ -189,6 +189,19 @@ def test_the_order_does_not_matter_and_again_replaces(tmp_path: Path) -> None:
             add_to_atlas(study, file)
     assert files[0].read_bytes() == files[1].read_bytes()
     assert len(read(files[0])) == 3
+
+
+def test_of_two_studies_about_the_same_that_with_more_plans_stays(tmp_path: Path) -> None:
+    large, small = (planted_study(tmp_path / f"{count}", 1, count=count) for count in (40, 20))
+    files = tmp_path / "a.parquet", tmp_path / "b.parquet"
+    add_to_atlas(large, files[0])
+    with pytest.warns(Notice, match=r"an earlier study of the same .* stays: it has 40 plans, and this one 20"):
+        add_to_atlas(small, files[0])
+    add_to_atlas(small, files[1])
+    with pytest.warns(Notice, match=r"an earlier study of the same .* gives way: it had 20 plans, and this one has 40"):
+        (entry,) = add_to_atlas(large, files[1])
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert entry.plans == 40
 
 
 def test_full_precision_is_shown_as_it_was_measured(

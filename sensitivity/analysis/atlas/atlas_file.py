@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sensitivity.analysis.atlas.entry import Entry, entries_of
 from sensitivity.spec import schema
-from sensitivity.spec.errors import UserError, check_is, reason, shell_word
+from sensitivity.spec.errors import Notice, UserError, check_is, reason, shell_word
 from sensitivity.spec.files import disk_error, new_folder, replacing
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage.process_lock import ProcessLock, held
@@ -23,9 +24,10 @@ REMEDY = "restore a copy, or name another file"
 
 
 def add_to_atlas(study: Study, to: Path | str = DEFAULT) -> list[Entry]:
-    """Add what a study measured to an atlas, and return all entries; a study about the same is replaced.
+    """Add what a study measured to an atlas, and return all entries.
 
-    The file holds no weights, images, questions or paths, and the order in which studies are added does not matter.
+    Of two studies about the same, that with more plans stays, so that their order does not matter; a study that is
+    added again replaces itself. The file holds no weights, images, questions or paths.
 
     Examples:
         >>> from sensitivity import add_to_atlas
@@ -42,10 +44,23 @@ def add_to_atlas(study: Study, to: Path | str = DEFAULT) -> list[Entry]:
     lock = file.with_suffix(".kernel-lock").name
     with new_folder(file.parent, [lock]), held(ProcessLock(file)):  # else one of two processes could lose its study
         others = read(file) if file.exists() else []
-        known = [_about(entry) for entry in fresh]
-        entries = sorted([*(one for one in others if _about(one) not in known), *fresh], key=_about)
+        kept = {_about(one): one for one in others}
+        for one in fresh:
+            kept[_about(one)] = _of_more_plans(one, kept.get(_about(one)))
+        entries = [kept[about] for about in sorted(kept)]
         _write(file, entries)
     return entries
+
+
+def _of_more_plans(fresh: Entry, known: Entry | None) -> Entry:
+    """The entry that stays of two about the same: that from more plans, the fresh one if both have as many."""
+    if known is not None and known.plans != fresh.plans:
+        what = f"stays: it has {known.plans} plans, and this one {fresh.plans}"
+        if fresh.plans > known.plans:
+            what = f"gives way: it had {known.plans} plans, and this one has {fresh.plans}"
+        same = "of the same model, task, components, methods, n and seed"
+        warnings.warn(f"in the atlas, an earlier study {same} {what}", Notice, stacklevel=3)
+    return fresh if known is None or fresh.plans >= known.plans else known
 
 
 def read(file: Path) -> list[Entry]:

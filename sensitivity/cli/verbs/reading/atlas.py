@@ -120,7 +120,7 @@ def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
         ("budget", "bpw", "size", "share of full precision", "95 % interval", "plan"),
         [
             (f"{p.bpw:.2f}", f"{p.size.bpw:.2f}", bytes_in_words(p.size.bytes), f"{p.share:.3f}",
-             f"{p.low:.3f} to {p.high:.3f}", p.plan.describe())
+             "–" if one else f"{p.low:.3f} to {p.high:.3f}", p.plan.describe())
             for p in found.points
         ],
     )  # fmt: skip
