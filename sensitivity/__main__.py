@@ -1,11 +1,15 @@
 """`python -m sensitivity` is the same as `sensitivity`."""
 
+import os
 import signal
 import sys
 
 
 def run() -> int:
     """Run the command line; Ctrl-C before it has begun, or while Python ends, prints no traceback."""
+    for name in ("stdout", "stderr"):  # closed, as by `>&-`: what is printed goes nowhere, and the verb does its work
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - it stays open
     try:
         from sensitivity.cli.main import main
 

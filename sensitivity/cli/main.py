@@ -104,8 +104,8 @@ def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Inte
         return 0
     except KeyboardInterrupt:
         return _stopped(words, asked, heard)
-    except BrokenPipeError:  # as with `| head`; Python's flush at exit must not fail too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as with `| head`
+        _print_no_more()
         return FAILED
     except Partly as error:
         return fail(asked, str(error), REFUSED, error.facts)
@@ -145,12 +145,20 @@ def fail(args: argparse.Namespace, message: str, status: int, result: Mapping[st
     if args.json:
         facts = {"error": message, "exit": status}
         print(json.dumps(facts | ({"traceback": traceback.format_exc()} if shown else {})), file=sys.stderr)
-        print(json.dumps(finite({**result, **facts}), default=str))
+        try:
+            print(json.dumps(finite({**result, **facts}), default=str), flush=True)
+        except OSError:  # standard output is what failed, as on a full disk
+            _print_no_more()
         return status
     if shown:
         traceback.print_exc()
     print(message if stopped else f"error: {message}", file=sys.stderr)
     return status
+
+
+def _print_no_more() -> None:
+    """Send standard output nowhere, so that Python's flush at exit does not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import shlex
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -429,3 +433,12 @@ def test_memory_does_not_grow_with_the_images_of_a_sweep(tmp_path: Path) -> None
     whole = 4 * 3 * models.PIXELS**2  # bytes of an image
     assert few > 4 * whole  # what would be seen
     assert many - few < 0.2 * (56 - 16) * whole
+
+
+@pytest.mark.parametrize(("output", "code"), [(">/dev/full", 2), (">&-", 2), ("2>&-", 2)])
+def test_an_output_that_takes_nothing_ends_in_no_traceback(output: str, code: int, tmp_path: Path) -> None:
+    line = f"{shlex.quote(sys.executable)} -m sensitivity rank nowhere --json {output}"
+    ran = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert ran.returncode == code
+    assert "Traceback" not in ran.stderr
+    assert "no study at nowhere" in ran.stderr + ran.stdout
