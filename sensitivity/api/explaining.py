@@ -18,7 +18,6 @@ import torch
 from sensitivity.analysis.comparing.sides import plan_of
 from sensitivity.analysis.failures.damage_places import id_in_task
 from sensitivity.analysis.failures.gallery import changed
-from sensitivity.api.attribution_file import check_scores_apply
 from sensitivity.api.sweeping import CACHE_GB, with_calibration
 from sensitivity.measure.attribution.blame import Blame, blame_of
 from sensitivity.measure.attribution.boxes import NUMBERS, mean_shifts, tokens_of, writes_boxes
@@ -36,6 +35,7 @@ from sensitivity.study.examples.questions import tasks_of
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
+from sensitivity.tasks.table import missing
 from sensitivity.tasks.table import task as find_task
 
 # of each number of a box: a plan makes some tokens likelier and others less so, and what is left of that is small
@@ -129,10 +129,15 @@ def tasks_to_explain(study: Study, asked: Sequence[str] = ()) -> list[str]:
     Tasks on which full precision scores 0 are left out, since no plan can damage that; an error if none is left.
     """
     names = list(asked) or list(study.meta["tasks"])
-    tasks = [find_task(name, n=1) for name in names]
+    tasks = [_task_of(study, name) for name in names]
     if other := [name for name, task in zip(names, tasks, strict=True) if task.name not in study.tasks]:
         raise UserError(f"{study.path} has not measured {other[0]}; choose from {', '.join(study.meta['tasks'])}")
-    check_scores_apply(tasks)
+    ranked = {name: task.gallery is not None for name, task in zip(names, tasks, strict=True)}
+    if any(ranked.values()):
+        answered = [name for name in names if not ranked[name]]
+        remedy = f"; leave it out: --task {','.join(answered)}" if answered else ""
+        why = "ranks images and captions, and has no answers in words whose loss could be divided among parts"
+        raise UserError(f"{next(name for name in names if ranked[name])} {why}{remedy}")
     native = next((trial.scores for trial in study.measured() if trial.plan.is_native), {})
     without = [one.name for one in tasks if native.get(one.name, {"mean": math.nan})["mean"] == 0]
     said = f"full precision scores 0 on {' and '.join(without)}, so that no plan damages it"
@@ -141,6 +146,19 @@ def tasks_to_explain(study: Study, asked: Sequence[str] = ()) -> list[str]:
     if without:
         warnings.warn(f"{said}: left out", Notice, stacklevel=2)
     return [name for name, task in zip(names, tasks, strict=True) if task.name not in without]
+
+
+def _task_of(study: Study, name: str) -> Task:
+    """A task with a single example; an error where the data that a study was measured on are no longer there."""
+    try:
+        return find_task(name, n=1)
+    except UserError as error:
+        if name not in study.meta["tasks"]:
+            raise
+        gone = f"{place} is not there" if (place := missing([name])) else str(error)
+        raise UserError(
+            f"no plan can be explained on {name}, on which {study.path} was measured: {gone}; put its data back"
+        ) from error
 
 
 def explain_plan(

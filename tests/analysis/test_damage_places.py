@@ -9,6 +9,7 @@ from typing import Any
 
 import answered
 import numpy as np
+import planted
 import pytest
 import torch
 from answered import FOUR, HOSTILE, TWO
@@ -257,3 +258,21 @@ def test_boxes_of_two_tasks_with_equal_ids_are_not_taken_for_one_another(tmp_pat
 
     study = answered.study(tmp_path, tasks, moved)
     assert set(explaining.distances_in(study, TWO, ["a", "b"]).values()) == {0.0, 20.0}  # 40 in one task of two
+
+
+def test_what_of_a_study_cannot_be_explained_is_said_with_what_to_type(tmp_path: Path) -> None:
+    facts = {"model": "m", "fingerprint": "f", "n": 4, "seed": 0}
+    parts = planted.parts()
+    both = Study.create(tmp_path / "both", parts, ["retrieval", "vqa"], facts | {"tasks": ["retrieval", "vqa"]})
+    with pytest.raises(UserError, match=r"^retrieval ranks images and captions, .*; leave it out: --task vqa$"):
+        explaining.tasks_to_explain(both)
+    ranked = Study.create(tmp_path / "ranked", parts, ["retrieval"], facts | {"tasks": ["retrieval"]})
+    with pytest.raises(UserError, match=r"whose loss could be divided among parts$"):
+        explaining.tasks_to_explain(ranked)
+    lines = tmp_path / "mine.jsonl"
+    own = Study.create(tmp_path / "own", parts, ["mine"], facts | {"tasks": [str(lines)]})
+    with pytest.raises(UserError, match=r"own was measured: .*mine.jsonl is not there; put its data back$"):
+        explaining.tasks_to_explain(own)
+    lines.write_text(json.dumps({"image": "pics/gone.png", "prompt": "what?", "answers": ["a"]}))
+    with pytest.raises(UserError, match=r"own was measured: .* no image file \(.*pics/gone.png\).*its data back$"):
+        explaining.tasks_to_explain(own)

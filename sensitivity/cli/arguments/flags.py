@@ -183,7 +183,7 @@ def add_study(p: argparse.ArgumentParser) -> None:
     p.add_argument("study", type=path_values.path, metavar="STUDY", help="the folder of a sweep, such as runs/demo")
 
 
-def add_tasks(p: argparse.ArgumentParser) -> None:
+def add_tasks(p: argparse.ArgumentParser, default: str = "vqa") -> None:
     """Add --task for verbs that run tasks."""
     p.add_argument(
         "--task",
@@ -192,7 +192,7 @@ def add_tasks(p: argparse.ArgumentParser) -> None:
         metavar="T[,T]",
         help="vqa, caption, scene, ground, retrieval; DATASET:FOLDER such as vqav2:FOLDER; your own FILE.jsonl, or"
         " SCORER:FILE.jsonl with exact, choice, number, yesno, anls, vqa, caption, iou or recall; lmms-eval:TASK[,TASK]"
-        " or lmms-eval:TASK:FOLDER; the same with vlmeval: (default: vqa)",
+        f" or lmms-eval:TASK:FOLDER; the same with vlmeval: (default: {default})",
     )
 
 
@@ -224,9 +224,9 @@ def add_study_folder(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_task(p: argparse.ArgumentParser) -> None:
-    """Add --task for verbs that decide by one task."""
-    p.add_argument("--task", type=values.name, metavar="T", help="the task that decides (default: the study's first)")
+def add_task(p: argparse.ArgumentParser, about: str = "the task that decides (default: the study's first)") -> None:
+    """Add --task for verbs that read a study and decide by one task."""
+    p.add_argument("--task", type=values.name, metavar="T", help=about)
 
 
 def add_samples(p: argparse.ArgumentParser, n: int = 1000) -> None:

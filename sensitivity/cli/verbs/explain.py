@@ -29,7 +29,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         metavar="MODEL|STUDY",
         help="a model, whose components are scored; or a study, of which --plan is explained",
     )
-    flags.add_tasks(p)
+    flags.add_tasks(p, "vqa; with a study, all of its tasks")
     flags.add_granularity(p, "group.kind")
     flags.add_methods(p, (2, 3, 4, 6, 8), "gptq")
     p.add_argument(

@@ -19,7 +19,7 @@ EXAMPLE = "sensitivity rank runs/first"
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     flags.add_study(p)
-    flags.add_task(p)
+    flags.add_task(p, "rank by this task alone (default: by each of the study's tasks)")
     p.add_argument(
         "--method", type=values.name, metavar="METHOD", help="only plans of this method, where a study holds several"
     )
