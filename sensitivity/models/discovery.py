@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -62,7 +62,7 @@ def discover(
     if unplaced := [path for path in linears if towers.part(path) is None]:
         raise towers.unplaced_error(path.rpartition(".")[0] for path in unplaced)
 
-    weights = _weights(model, family, towers, linears, packed_attention)
+    weights, tower = _weights(model, family, towers, linears, packed_attention)
     blocks = max((weight.blocks for weight in weights if weight.part == "language"), default=0)
     weights += [
         _embedding_or_head(model, path, included[path], aliases[id(included[path])], heads, towers, blocks)
@@ -72,8 +72,17 @@ def discover(
     if missing := [word for word in include if word not in includable]:
         raise UserError(f"{name or type(model).__name__} has no {missing[0]} to include; leave it out")
     check(weights, kept, {path: parameter.numel() for path, parameter in model.named_parameters()})
-    parts = ComponentMap(name or type(model).__name__, "group.kind", tuple(weights), tuple(kept), native_bits)
-    return parts.regroup(by)
+    unread = tuple(path for path, _ in model.named_parameters() if any(inside(path, b) for b in _behind(model, tower)))
+    named = name or type(model).__name__
+    return ComponentMap(named, "group.kind", tuple(weights), tuple(kept), native_bits, unread=unread).regroup(by)
+
+
+def _behind(model: nn.Module, blocks: Sequence[str]) -> Sequence[str]:
+    """The blocks of the vision tower behind the one whose output the model takes, as LLaVA does."""
+    layer = getattr(getattr(model, "config", None), "vision_feature_layer", None)
+    if not isinstance(layer, int):
+        return ()
+    return blocks[layer if layer >= 0 else len(blocks) + 1 + layer :]  # 0 is what the first block reads
 
 
 def _sorted_parameters(
@@ -111,8 +120,8 @@ def _is_included(reason: str, owners: list[nn.Module], is_head: bool, towers: To
 
 def _weights(
     model: nn.Module, family: Family, towers: Towers, linears: list[str], packed_attention: list[str]
-) -> list[Weight]:
-    """The linear layers as weights, each with its part, block, kind and shared input."""
+) -> tuple[list[Weight], list[str]]:
+    """The linear layers as weights, each with its part, block, kind and shared input; and the vision tower's blocks."""
     modules = [path.rpartition(".")[0] for path in linears]
     paths_of: dict[str, list[str]] = {part: [] for part in PARTS}
     for path in _blocks(model, "", False, [*modules, *packed_attention], family):
@@ -148,7 +157,7 @@ def _weights(
             f"cannot tell whether these layers are attention or feed-forward: {', '.join(unknown_kind[:8])}; give a "
             "word of their names a kind in FAMILIES (sensitivity/models/families.py)"
         )
-    return weights
+    return weights, paths_of["vision"]
 
 
 def _embedding_or_head(

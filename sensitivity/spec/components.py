@@ -191,6 +191,7 @@ class ComponentMap:
     native_bits: int = 16  # bits per weight of the checkpoint, for everything that is not quantized
     sized: bool = True  # False where no sizes are known, as in a table without them: all components then count alike
     shaped: bool = True  # False where weights stand for components of a table, which says nothing of their shapes
+    unread: tuple[str, ...] = ()  # parameters of vision blocks behind the layer whose output the model takes
 
     def __repr__(self) -> str:
         """The names of its components: all weights would fill pages."""
@@ -210,6 +211,11 @@ class ComponentMap:
     def names(self) -> tuple[str, ...]:
         """The names of the components in the order of data flow."""
         return tuple(component.name for component in self.components)
+
+    @cached_property
+    def never_read(self) -> frozenset[str]:
+        """The names in `unread`, to look them up."""
+        return frozenset(self.unread)
 
     @cached_property
     def numel(self) -> int:
@@ -240,9 +246,9 @@ class ComponentMap:
         return matching
 
     def to_json(self) -> dict[str, object]:
-        """All fields as JSON values; `sized` and `shaped` only where they are False."""
-        fields = asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("sized", "shaped") or not value}
+        """All fields as JSON values; `sized`, `shaped` and `unread` only where they are not as usual."""
+        usual = {"sized": True, "shaped": True, "unread": ()}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ComponentMap:
@@ -255,6 +261,7 @@ class ComponentMap:
             native_bits=data["native_bits"],
             sized=data.get("sized", True),
             shaped=data.get("shaped", True),
+            unread=tuple(data.get("unread", ())),
         )
 
 

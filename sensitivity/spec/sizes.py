@@ -10,7 +10,7 @@ from typing import NotRequired, TypedDict
 from sensitivity.spec.components import ComponentMap, Kept, Weight
 from sensitivity.spec.errors import unknown
 from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, QSVD, Plan, Scheme, scheme_of
-from sensitivity.spec.stored_bits import FILES, GGUF_MATRICES, GGUF_UNREAD, OVERHEAD, SHARED, latent_rank
+from sensitivity.spec.stored_bits import FILES, GGUF_MATRICES, GGUF_UNREAD, LEAVE_OUT, OVERHEAD, SHARED, latent_rank
 
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
@@ -104,7 +104,8 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
 def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format: str | None = None) -> int:
     """All bits of one component; of one without shapes its codes alone: scales are counted by rows and columns."""
     format = format if parts.shaped else None
-    stored = sum(weight_bits(scheme, w, parts.native_bits, format) for w in parts[name].weights)
+    weights = [w for w in parts[name].weights if not _is_left_out(parts, w.name, format)]
+    stored = sum(weight_bits(scheme, w, parts.native_bits, format) for w in weights)
     if not parts.shaped:  # counted all the same: a scheme that its method cannot store is an error
         return parts[name].numel * (parts.native_bits if scheme is None or scheme.method == KEEP else scheme.bits)
     if scheme is not None and scheme.method in SHARED and format not in FILES:
@@ -117,7 +118,12 @@ def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format
 def bits_of(parts: ComponentMap, plan: Plan, names: Collection[str], format: str | None = None) -> int:
     """All bits of the weights and kept parameters that have these names."""
     kept = sum(_kept_width(parts, k, format) * k.numel for k in parts.kept if k.name in names)
-    weights = ((plan[c.name], w) for c in parts.components for w in c.weights if w.name in names)
+    weights = (
+        (plan[c.name], w)
+        for c in parts.components
+        for w in c.weights
+        if w.name in names and not _is_left_out(parts, w.name, format)
+    )
     return kept + sum(weight_bits(scheme, w, parts.native_bits, format) for scheme, w in weights)
 
 
@@ -132,9 +138,14 @@ def _kept_width(parts: ComponentMap, kept: Kept, format: str | None) -> int:
 
     In GGUF 32 for norms and biases, since llama.cpp reads them in float32, and none for what it leaves out.
     """
-    if format == "gguf" and GGUF_UNREAD.match(kept.name):
+    if _is_left_out(parts, kept.name, format) or (format == "gguf" and GGUF_UNREAD.match(kept.name)):
         return 0
     return 32 if format == "gguf" and kept.reason not in GGUF_MATRICES else parts.native_bits
+
+
+def _is_left_out(parts: ComponentMap, name: str, format: str | None) -> bool:
+    """Whether files of a format lack a parameter, since the model never reads it."""
+    return format in LEAVE_OUT and name in parts.never_read
 
 
 def choice_bits(

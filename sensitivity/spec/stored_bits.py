@@ -265,6 +265,7 @@ GGUF_BLOCK = 32  # weights that share a scale in GGUF
 GGUF_BLOCK_BYTES = {"q4_0": 18, "q5_0": 22, "q8_0": 34}  # type -> a 16-bit scale and 32 codes of 4, 5 or 8 bits
 # reasons to keep a weight that GGUF stores in the checkpoint's own type; norms and biases become float32
 # kept weights that GGUF leaves out, by their names: LLaVA never reads what its tower has for pooling
+LEAVE_OUT = {"gguf", "openvino", "onnx"}  # formats without what the model never reads
 GGUF_UNREAD = re.compile(r"model\.vision_tower\.(vision_model\.)?(post_layernorm|head)\.")
 GGUF_MATRICES = ("embedding", "embedding, tied to the output head", "output head")
 

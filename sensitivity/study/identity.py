@@ -77,10 +77,15 @@ def store_or_compare(
             stored = study.user_attrs.get(name)
             if stored is None:
                 study.set_user_attr(name, value)
-            elif stored != value:
+            elif stored != value and stored != _as_before(value):
                 raise another_study(path, _first_difference(name, stored, value))
         if runtime not in (None, study.user_attrs.get(RUNTIME)):
             study.set_user_attr(RUNTIME, runtime)
+
+
+def _as_before(value: object) -> object:
+    """What versions stored that did not know of parameters that a model never reads."""
+    return {name: one for name, one in value.items() if name != "unread"} if isinstance(value, dict) else value
 
 
 def another_study(path: Path, why: str) -> UserError:

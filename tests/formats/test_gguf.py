@@ -192,6 +192,23 @@ def test_what_is_left_out_is_not_predicted_before_an_export_either(tmp_path: Pat
     assert size(parts, plan, "gguf").bytes == facts["predicted_size"]["bytes"] == facts["written"]["bytes"]
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_with_siglip"])
+def test_blocks_that_are_never_read_are_not_predicted_before_an_export(
+    name: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Those behind the layer whose output the projector takes; a budget counts what a file holds."""
+    parts, facts = exported(saved(name), tmp_path, MIXED)
+    plan = Plan.of(parts, MIXED)
+    assert any("layers.1." in one for one in parts.unread)
+    assert not any("layers.0." in one for one in parts.unread)
+    assert size(parts, plan, "gguf").bytes == facts["predicted_size"]["bytes"] == facts["written"]["bytes"]
+    assert size(parts, plan).bytes > size(ComponentMap.from_json(parts.to_json()), plan, "gguf").bytes
+    # a study of an earlier version, which did not know of them, is continued
+    about = (["vqa"], {"model": "x"})
+    Study.create(tmp_path / "study", replace(parts, unread=()), *about)
+    assert Study.create(tmp_path / "study", parts, *about).parts.unread == ()
+
+
 def test_a_tensor_that_was_swapped_is_told(saved: Callable[[str], Path], tmp_path: Path) -> None:
     exported(saved("smolvlm"), tmp_path, MIXED)
     check_arrived(tmp_path / "gguf")
