@@ -48,6 +48,10 @@ SLIPS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda study, vlm: sweep(vlm, PARTS, ["all 4"], "vqa", "out"),
         "each of plans must be a Plan, such as choice.plan of a recommendation or one of grid(parts), not 'all 4'",
     ),
+    "a task itself": (
+        lambda study, vlm: sweep(vlm, PARTS, [PLAN], [sensitivity.task("vqa", n=4)], "out"),
+        "each of tasks must be a name, such as 'vqa', not a Task",
+    ),
     "n as text": (
         lambda study, vlm: sweep(vlm, PARTS, [PLAN], "vqa", "out", n="20"),
         "n must be a whole number, not '20'",

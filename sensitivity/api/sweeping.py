@@ -211,6 +211,8 @@ def begin_sweep(
     check_is("parts", parts, ComponentMap)
     for plan in plans if isinstance(plans, Sequence) else ():
         check_is("each of plans", plan, Plan)
+    for name in tasks:
+        check_is("each of tasks", name, str)
     limit = Until.parse(until)
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
     check_distinct(evaluated, list(dict.fromkeys(tasks)))

@@ -15,6 +15,7 @@ ARGUMENTS = {  # a class of which arguments of public functions are -> in words,
     "ComponentMap": "a ComponentMap, such as inspect(vlm)",
     "Plan": "a Plan, such as choice.plan of a recommendation or one of grid(parts)",
     "Recommendation": "a Recommendation, such as recommend(study)",
+    "str": "a name, such as 'vqa'",
     "Integral": "a whole number",
 }
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")

@@ -55,7 +55,8 @@ _EXAMPLES = {"lmms-eval": "chartqa", "vlmeval": "MMStar"}
 def task(name: str, split: str = "evaluation", n: int = 1000, seed: int = 0, whole: bool = False) -> Task:
     """A task by its name, DATASET:FOLDER, LIBRARY:TASK, or SCORER:PATH for a user's own data; `n` counts examples.
 
-    With `whole`, answers are generated to their end even when they can no longer be right.
+    With `whole`, answers are generated to their end even when they can no longer be right. It shows what a sweep would
+    ask: `sweep` itself takes names.
 
     Examples:
         >>> from sensitivity import task

@@ -119,6 +119,7 @@ FINE = {
     ("--ms-per-answer", "fraction"): "milliseconds may be a fraction",
     ("--gb-resident", "fraction"): "an amount may be a fraction",
     ("--check", "zero"): "checks nothing",
+    ("failures", "--plan", "zero"): "the first trial",
     ("--bpw", "fraction"): "a budget may be a fraction",
     ("--gb", "fraction"): "a budget may be a fraction",
     **{("--share", kind): "a folder may be called that" for kind in KINDS if kind not in (
