@@ -19,15 +19,17 @@ class Stage:
     noun: str  # plural, such as examples
     total: int
     done: int = 0
+    at_most: bool = False  # whether it may end before all items are done
     began: float = field(default_factory=lambda: time.monotonic())
 
     def line(self) -> str:
         """A text such as `calibrating: 3 of 16 examples, 0:02:10 left`, without a time until the first item is done."""
-        line = f"{self.name}: {self.done} of {self.total} {self.noun}"
+        most = "at most " if self.at_most else ""
+        line = f"{self.name}: {self.done} of {most}{self.total} {self.noun}"
         if not self.done:
             return line
         seconds = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-        return f"{line}, {clock(seconds)} left"
+        return f"{line}, {most}{clock(seconds)} left"
 
 
 # the stages that run now; one that began inside another comes after it
@@ -35,10 +37,15 @@ _running: list[Stage] = []
 
 
 def each(
-    items: Iterable[T], name: str, noun: str, total: int, size: Callable[[T], int] = lambda _: 1
+    items: Iterable[T],
+    name: str,
+    noun: str,
+    total: int,
+    size: Callable[[T], int] = lambda _: 1,
+    at_most: bool = False,
 ) -> Generator[T, None, None]:
     """Yield the items and count those that are done, for `now` to show; an item counts as `size(item)`."""
-    stage = Stage(name, noun, total)
+    stage = Stage(name, noun, total, at_most=at_most)
     _running.append(stage)
     try:
         for item in items:

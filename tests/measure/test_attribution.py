@@ -154,9 +154,9 @@ def test_passes_are_bounded_and_shown_as_they_go(given: Calibrated) -> None:
     found = integrate_path(given.vlm, given.parts, changes, watched, 0.0, 6, name="loss of x")
     assert found.passes == 6
     assert len(seen) == 6 + 3  # and the loss at both ends and in the middle
-    shown = [line for line in seen if "of 6 backward passes at most" in line]
-    assert shown[0] == "loss of x: 0 of 6 backward passes at most"
-    assert "loss of x: 5 of 6 backward passes at most" in shown[-1]
+    shown = [line for line in seen if "of at most 6 backward passes" in line]
+    assert shown[0] == "loss of x: 0 of at most 6 backward passes"
+    assert "loss of x: 5 of at most 6 backward passes" in shown[-1]
     assert stage.now() == ""
 
 

@@ -19,6 +19,15 @@ def test_a_stage_counts_its_items_and_tells_the_time_left(monkeypatch: pytest.Mo
     assert stage.now() == ""
 
 
+def test_a_stage_that_may_end_early_says_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 30.0))
+    monkeypatch.setattr(stage.time, "monotonic", lambda: next(clock))
+    passes = stage.each((1, 2), "loss", "passes", 4, at_most=True)
+    assert (next(passes), next(passes)) == (1, 2)
+    assert stage.now() == "loss: 1 of at most 4 passes, at most 0:01:30 left"
+    passes.close()
+
+
 def test_a_stage_inside_another_is_named_after_it() -> None:
     for _ in stage.each([1], "quantizing", "blocks", 1):
         for _ in stage.each([1], "calibrating", "batches", 1):

@@ -23,6 +23,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.plan import Plan, Scheme, without_unused_cache
+from sensitivity.spec.stage import each
 
 Scores = dict[str, dict[Scheme, float]]  # component -> scheme -> damage, in the score's own unit
 GATHERED = ("squares", "fisher", "change")  # the properties of Calibrated that backward passes gather
@@ -181,7 +182,7 @@ class Calibrated:
     def path_integral_shares(self) -> dict[Scheme, dict[str, float]]:
         """For each uniform plan, each component's share of the change of the loss, from a path integral."""
         found: dict[Scheme, dict[str, float]] = {}
-        for scheme in self.schemes:
+        for scheme in each(self.schemes, "integrals", "widths", len(self.schemes)):
             plan = Plan.uniform(self.parts, scheme)
             changes = plan_changes(self.vlm.model, self.parts, plan, self.statistics)
             integral = in_rows_that_fit(self.vlm, self.data, partial(integrate_path, self.vlm, self.parts, changes))

@@ -81,7 +81,7 @@ def integrate_path(
     pieces miss is at most `tolerance` of the whole change. `changes` is by parameter; `counted` chooses the tokens of
     answers whose loss counts, and `name` is what progress lines call it.
     """
-    with closing(each(count(), name, "backward passes at most", max_passes)) as progress:
+    with closing(each(count(), name, "backward passes", max_passes, at_most=True)) as progress:
         path = _Path(vlm, parts, changes, data, counted, progress)
         before, after = path.loss(0.0), path.loss(1.0)
         pieces = [path.piece(0.0, 1.0)]
