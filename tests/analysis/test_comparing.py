@@ -230,6 +230,22 @@ def test_two_plans_of_one_study(pair: tuple[Study, Study], tmp_path: Path, capsy
         ]
 
 
+def test_the_page_of_several_tasks_has_a_filter(pair: tuple[Study, Study], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        answered.study(tmp_path / name, [task("vqa", n=20), task("scene", n=20)], worse(4), ["vqa", "scene"], n=20)
+    page = tmp_path / "page.html"
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(page)]) == 0
+    with browser() as window:
+        window.open(page)
+        choose = """const choice = document.querySelector('select[data-gallery="rows"]');
+            choice.value = arguments[0]; choice.dispatchEvent(new Event('change'));
+            return [...document.querySelectorAll('#rows tr')].filter(one => !one.hidden).map(one => one.dataset.task)"""
+        assert set(window.run(choose, "")) == {"vqa", "scene"}
+        assert set(window.run(choose, "scene")) == {"scene"}
+    assert main(["compare", str(pair[0].path), str(pair[1].path), "--out", str(page)]) == 0
+    assert 'data-gallery="rows"' not in page.read_text(encoding="utf-8"), "one task"
+
+
 def test_two_studies_as_a_page(pair: tuple[Study, Study], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert main(["compare", str(pair[0].path), str(pair[1].path), "--out", str(page)]) == 0

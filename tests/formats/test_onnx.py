@@ -286,7 +286,9 @@ def test_after_a_kill_in_the_middle_the_same_command_writes_a_whole_export(
     program = [sys.executable, "-c", KILLED, str(first + 20)]
     killed = subprocess.run([*program, *typed], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    for line in killed.stderr.splitlines():  # without a terminal
+    note, *lines = killed.stderr.splitlines()
+    assert note.startswith("note: chosen for 9 bpw: ")
+    for line in lines:  # without a terminal
         assert re.fullmatch(r"export: (writing: \d+ of \d+ weights(, \d:\d\d:\d\d left)?; )?\d:\d\d:\d\d so far", line)
     (left,) = set(tmp_path.iterdir()) - there
     assert (left / "language.onnx.data").exists()
