@@ -99,6 +99,15 @@ def test_nothing_is_guessed_where_a_cheaper_part_was_not_measured(tmp_path: Path
     assert f"is not measured for {shown.changed} answers that got worse" in (tmp_path / "page.html").read_text()
 
 
+def test_a_part_that_fails_at_few_bits_is_not_said_to_fail_at_full_precision(tmp_path: Path) -> None:
+    """At 4 bits nothing mends an answer here, at 8 and above something does: which part was not measured."""
+    made = study(tmp_path / "run", (2, 4))
+    (shown,) = galleries(made, [("x", LOW)], 60)
+    assert shown.causes == ()
+    assert shown.unexplained == shown.changed > 40
+    assert "--causes" in shown.ask
+
+
 def test_an_answer_that_did_not_get_worse_has_no_cause(tmp_path: Path) -> None:
     made = study(tmp_path / "run")
     change = changed(made, LOW)[0]
@@ -116,7 +125,7 @@ def test_a_part_is_a_filter_of_the_verb_and_of_the_page(tmp_path: Path, capsys: 
     out = capsys.readouterr().out
     assert f"Changed answers: {min(count[VISION], 20)} of {count[VISION]}" in out
     assert "mended by" in out
-    assert "Mended by the cheapest part that is enough, put back to full precision alone: " in out
+    assert "Mended by the cheapest part that is enough, given back its bits alone: " in out
     assert f"{VISION} {count[VISION]}" in out
     assert (tmp_path / "page.html").read_text().count(f'data-part="{VISION}"') == count[VISION]
     assert main([*words, "--json"]) == 0

@@ -16,6 +16,7 @@ from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 
 NO_PART = "no single part"
+LIKE_FULL = 8  # bits from which on a part that mends nothing is taken to mend nothing at full precision either
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class RestoredPart:
         known = self.score(change)
         return known is not None and (known[0].plan.key == self.plan.key or known[1] >= change.before.score)
 
+    def is_wide_enough(self, change: Change) -> bool:
+        """Whether what was measured can stand for full precision: a part that fails at 4 bits may mend at 16."""
+        known = self.score(change)
+        return known is not None and ((scheme := known[0].plan[self.part]) is None or scheme.bits >= LIKE_FULL)
+
 
 def put_back(study: Study, plan: Plan) -> list[RestoredPart]:
     """Every quantized part of a plan with its bits put back, the part that is cheapest to store first."""
@@ -103,11 +109,10 @@ def cause(change: Change, parts: Sequence[RestoredPart]) -> Cause | None:
         return None
     for one in parts:
         known = one.score(change)
-        if known is None:
+        if known is not None and known[1] >= change.before.score:
+            return Cause(one.part, known[0].plan[one.part], known[0].bits)
+        if not one.is_wide_enough(change):
             return None
-        by, score = known
-        if score >= change.before.score:
-            return Cause(one.part, by.plan[one.part], by.bits)
     return Cause(None)
 
 

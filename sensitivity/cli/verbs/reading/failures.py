@@ -148,7 +148,7 @@ def _show(failures: FailureGallery) -> None:
         _changes(failures)
     if failures.causes:
         counted = ", ".join(f"{part} {number}" for part, number in failures.causes)
-        print(f"\nMended by the cheapest part that is enough, put back to full precision alone: {counted}.")
+        print(f"\nMended by the cheapest part that is enough, given back its bits alone: {counted}.")
     if failures.unexplained:
         how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many it is measured)"
         print(f"The cause is not measured for {count(failures.unexplained, 'answer')} that got worse{how}.")
