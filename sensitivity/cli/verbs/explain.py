@@ -99,10 +99,12 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
         save_attributions,
         study_beside,
     )
+    from sensitivity.api.one_calibration import check_calibration
     from sensitivity.api.planning import check_float_path
     from sensitivity.api.scoring import scored
     from sensitivity.measure.attribution import checks as score_checks
     from sensitivity.measure.generate.batches import check_tasks_fit
+    from sensitivity.study.storage.paths import is_study
 
     flags.without_effect(args, ["--plan", "--failures"], "with a model: it is about a plan of a study")
     if args.out is None:
@@ -110,13 +112,15 @@ def _components(args: argparse.Namespace) -> dict[str, object]:
     requested, _ = checked(args, "grid")
     check_float_path(requested, args.path)
     check_writable(args.out)
+    data = args.calibration or args.task
+    if is_study(args.out):  # scores alone are replaced by new ones
+        check_calibration(args.out, requested, data, args.calibration_n, 0)
     args.model = args.source
     check_scores_apply((), args.scores)
     vlm, parts, tasks = loaded(args)
     check_scores_apply(tasks, args.scores)
     check_tasks_fit(vlm, tasks)
     study = study_beside(args.out, vlm, parts.names)
-    data = args.calibration or args.task
     with show_stages(args.json):
         scoring = scored(vlm, parts, requested, data, args.scores, args.calibration_n, 0, (), args.cache_gb)
     measured = agreements(study, scoring.scores)

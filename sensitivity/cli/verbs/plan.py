@@ -116,6 +116,7 @@ def _whole(result: dict[str, object], unmet: list[str]) -> dict[str, object]:
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model."""
+    from sensitivity.api.one_calibration import check_calibration
     from sensitivity.api.planning import check_float_path
     from sensitivity.study.storage.location import check_begins, check_stores
 
@@ -125,6 +126,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     check_budget_flags(args)
     requested, _ = checked(args, "random")
     check_float_path(requested, args.path)
+    check_calibration(args.out, requested, args.calibration or args.task, args.calibration_n, args.seed)
     return requested
 
 

@@ -264,6 +264,11 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     elif not calibrated:
         idle = ("--calibration", "--calibration-n", "--path", "--cache-gb")
         flags.without_effect(args, idle, f"with --method {','.join(args.method)}, which is not calibrated")
+    if calibrated:
+        from sensitivity.api.one_calibration import check_calibration
+
+        data = args.calibration or args.task
+        check_calibration(args.out, requested, data, args.calibration_n, args.seed, args.path)
     if args.plain:
         flags.without_effect(args, ["--memory-gb"], "with --plain, where plans share nothing")
     if args.executor == "ray":

@@ -28,3 +28,10 @@ def read(folder: Path, score: str, fingerprint: str | None = None) -> dict[str, 
         if row["score"] is not None:  # null: not finite
             found.setdefault(row["component"], {})[Scheme.from_json(row["scheme"])] = float(row["score"])
     return found
+
+
+def schemes(folder: Path) -> list[Scheme]:
+    """The distinct schemes that the scores in a folder are about; none where it has no scores."""
+    file = paths.attributions_file(folder)
+    scores = schema.read(file, "attributions", REPAIR)["scores"] if file.exists() else {}
+    return list(dict.fromkeys(Scheme.from_json(row["scheme"]) for one in scores.values() for row in one["values"]))
