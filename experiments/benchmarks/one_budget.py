@@ -1,11 +1,12 @@
 """`sensitivity plan` for one budget beside a sweep of 60 plans and `recommend`, at each of seven budgets.
 
-    python -m experiments.benchmarks.one_budget [--models scenes-llava-heavy] [--task vqa] [--seeds 0,1,2]
+    python -m experiments.benchmarks.one_budget [--models scenes-llava-heavy] [--task vqa] [--seeds 0,1,2] [--again]
 
 Unlike in quick_plans.py, each budget is a call of its own, as users make it: with a calibration and a cache of its own,
 and with the default of 1,000 examples. The sweep is the same for all budgets of a seed; its seconds are those of its
 60 plans and of one budget's verification. What both choose runs on examples that no chooser saw, and is compared there
-example by example. Seconds are of the processor. Rows of reports/one-budget.csv are not run again.
+example by example. Seconds are of the processor. Rows of reports/one-budget.csv are not run again; with --again only
+the sweeps are not, and `plan` is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.benchmarks.quick_plans import ASKED, BITS, ROOT, TESTED, TRIALS, budgets, by_plan
+from experiments.benchmarks.quick_plans import ASKED, BITS, ROOT, TESTED, TRIALS, budgets, by_plan, described
 from sensitivity import inspect, load, sweep
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
@@ -57,12 +58,17 @@ def of_sweep(
     return found
 
 
-def compared(name: str, task: str, seed: int, n: int, test: int) -> Iterator[dict[str, object]]:
+def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.DataFrame) -> Iterator[dict[str, object]]:
     """One row for each budget: the score of `plan`'s choice on fresh examples, beside that of the sweep's."""
     vlm = load(f"embedded:{name}")
     parts = inspect(vlm, by="group.kind")
     with tempfile.TemporaryDirectory() as place:
-        swept = of_sweep(vlm, parts, task, n, seed, Path(place) / "sweep")
+        if len(before):
+            schemes, _ = with_calibration(vlm, parts, ASKED.schemes, [task], ASKED.examples)
+            chosen = zip(described(before["sweep_plan"], schemes), before["sweep_cpu_s"], strict=True)
+            swept = dict(zip(before["bpw"], chosen, strict=True))
+        else:
+            swept = of_sweep(vlm, parts, task, n, seed, Path(place) / "sweep")
         planned = {}
         for more, bpw in zip(ASKED.above, swept, strict=True):
             asked = replace(ASKED, above=(more,))
@@ -125,15 +131,20 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--test", type=int, default=1000)
+    parser.add_argument("--again", action="store_true", help="run plan again, not the sweeps")
     args = parser.parse_args()
     table = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=KEYS)
     for seed in map(int, args.seeds.split(",")):
         for name in args.models.split(","):
-            if (table[KEYS] == [name, args.task, seed, args.n]).all(axis=1).any():
+            own = [name, args.task, seed, args.n]
+            before = table[(table[KEYS] == own).all(axis=1)]
+            if len(before) and not args.again:
                 continue
-            more = pd.DataFrame(compared(name, args.task, seed, args.n, args.test))
+            more = pd.DataFrame(compared(name, args.task, seed, args.n, args.test, before))
             # read again, since another process may have added rows of its own
-            table = pd.concat([pd.read_csv(TABLE), more], ignore_index=True) if TABLE.exists() else more
+            table = pd.read_csv(TABLE) if TABLE.exists() else table
+            others = table[~(table[KEYS] == own).all(axis=1)]
+            table = pd.concat([others, more], ignore_index=True) if len(others) else more
             overwrite(TABLE, table.to_csv(index=False))
             print(more.drop(columns=["plan", "sweep_plan"]).to_string(), flush=True)
     overwrite(TABLE.with_suffix(".md"), page(table))

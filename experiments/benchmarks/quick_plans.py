@@ -14,7 +14,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,13 +112,17 @@ def by_plan(
     return plans, seconds, len(planning.study.trials())
 
 
-def kept(rows: pd.DataFrame, schemes: Sequence[Scheme]) -> tuple[list[Plan], float]:
-    """The plans that a sweep chose before, read from their descriptions, and its seconds."""
+def described(texts: Iterable[str], schemes: Sequence[Scheme]) -> list[Plan]:
+    """Plans, read from their descriptions in a table."""
     widths = {str(scheme.bits): scheme for scheme in schemes} | {"native": None}
+    choices = [[choice.rsplit(" ", 1) for choice in text.split(" · ")] for text in texts]
+    return [Plan(tuple((name, widths[bits]) for name, bits in choice)) for choice in choices]
+
+
+def kept(rows: pd.DataFrame, schemes: Sequence[Scheme]) -> tuple[list[Plan], float]:
+    """The plans that a sweep chose before, and its seconds."""
     own = rows[rows["chooser"] == "sweep"].sort_values("bpw")
-    choices = [dict(choice.rsplit(" ", 1) for choice in text.split(" · ")) for text in own["plan"]]
-    plans = [Plan(tuple((name, widths[bits]) for name, bits in choice.items())) for choice in choices]
-    return plans, float(own["cpu_s"].iloc[0])
+    return described(own["plan"], schemes), float(own["cpu_s"].iloc[0])
 
 
 def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.DataFrame) -> list[dict[str, object]]:

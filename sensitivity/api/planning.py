@@ -18,7 +18,6 @@ from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.request import PlanRequest
-from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.api.sweeping import SweepOptions, begin_sweep, path_for
 from sensitivity.measure.attribution.calibrated import Calibrated
@@ -46,7 +45,8 @@ MOST_PASSES = 4
 EXPECTED = "swing"  # the score from which the surrogate starts, where it was computed
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
-ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
+WORTH = 0.001  # share of full precision that a plan must be expected to gain in order to be measured
+ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision gives a warning
 MORE = 40  # trials that are advised where a plan loses more than that; beyond, a sweep is
 EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
 
@@ -90,8 +90,8 @@ def begin_plan(
     """Begin a search that measures at most `trials` plans.
 
     The best plans of each score come first, for the smallest budgets before others. Then the surrogate, which starts
-    from the scores and learns from measurements, proposes its best plan for the budget with the largest predicted gain,
-    as long as that gain is above the noise of one measured score.
+    from the scores and learns from measurements, proposes the plan with the largest expected gain over the best
+    measured one of its budget, as long as that is worth a measurement.
     """
     openings = opening_plans(parts, request, scores)
 
@@ -125,40 +125,26 @@ def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[At
 
 
 def proposal(study: Study, request: PlanRequest) -> list[Plan]:
-    """Plans worth a measurement, the one with the largest gain over a budget's best measured plan first.
+    """Plans worth a measurement, the one with the largest expected gain over a budget's best measured plan first.
 
-    First the surrogate's best plan for each budget, by predicted gain. A gain below the standard error of one measured
-    score is left to the verification, which runs more examples. Where nothing gains and a budget's best plan still
-    loses much, scores and surrogate misjudge the model: then plans near the best ones are measured, whatever they gain.
+    For each budget, the surrogate's best plan and plans near that one and the best measured ones: those gain most that
+    are predicted to be good, or of which little is known yet.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
-    total = sum(request.weights.values())
-    least = sum(
-        weight / total * (observations_of(study, task).noise or 0.0) / (knapsack.full(task) or 1.0)
-        for task, weight in request.weights.items()
-    )
     gains: list[tuple[float, Plan]] = []
-    nearby: list[tuple[float, Plan]] = []
     kept = kept_shares(study, request, knapsack)
     for bpw, known, (ranked, _) in zip(request.bpw, kept, proposed(study, replace(request, top=1)), strict=True):
-        best = ranked[0]
-        gains.append((mean_share(best.predicted, request.weights) - max(known.values(), default=-1.0), best.plan))
-        if known and max(known.values()) < ENOUGH:
-            nearby += plans_near(
-                knapsack,
-                budget_bits(study.parts, bpw),
-                request.weights,
-                known,
-                partial(_fits, study.parts, bpw=bpw, request=request),
-                np.random.default_rng(len(study.measured())),
-            )
-    found = [plan for gain, plan in _by_gain(gains) if gain > least]
-    return list(dict.fromkeys([*found, *(plan for _, plan in _by_gain(nearby))]))
-
-
-def _by_gain(plans: Iterable[tuple[float, Plan]]) -> list[tuple[float, Plan]]:
-    """Plans with their gains, the largest first."""
-    return sorted(plans, key=lambda one: -one[0])
+        gains += plans_near(
+            knapsack,
+            budget_bits(study.parts, bpw),
+            request.weights,
+            known,
+            ranked[0].plan,
+            partial(_fits, study.parts, bpw=bpw, request=request),
+            np.random.default_rng(len(study.measured())),
+        )
+    gains.sort(key=lambda one: -one[0])
+    return list(dict.fromkeys(plan for gain, plan in gains if gain > WORTH))
 
 
 def kept_shares(study: Study, request: PlanRequest, knapsack: Knapsack) -> list[dict[Plan, float]]:

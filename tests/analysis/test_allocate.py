@@ -56,13 +56,15 @@ def test_plans_near_the_best_are_all_that_differ_in_two_components(tmp_path: Pat
     apart = (every != knapsack.space.encode([best])[0]).sum(axis=1)
     near = [knapsack.space.decode(row) for row in every[(apart > 0) & (apart <= 2)]]
     fitting = {plan for plan in near if size(FOUR, plan).bits <= budget}
-    found = plans_near(knapsack, budget, {"a": 1.0}, known, lambda plan: True, np.random.default_rng(0))
+    found = plans_near(knapsack, budget, {"a": 1.0}, known, best, lambda plan: True, np.random.default_rng(0))
     assert {plan for _, plan in found} == fitting
     assert len(found) == len(fitting) > 4
     first = max(found, key=lambda one: one[0])[1]  # what gains most is predicted to score more than most
     predicted = {plan: one["a"].score for plan, one in zip(fitting, knapsack.predicted(list(fitting)), strict=True)}
     assert predicted[first] > np.median(list(predicted.values()))
-    allowed = plans_near(knapsack, budget, {"a": 1.0}, known, lambda plan: plan == first, np.random.default_rng(0))
+    allowed = plans_near(
+        knapsack, budget, {"a": 1.0}, known, best, lambda plan: plan == first, np.random.default_rng(0)
+    )
     assert [plan for _, plan in allowed] == [first]
 
 

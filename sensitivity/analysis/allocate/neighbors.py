@@ -1,4 +1,4 @@
-"""Plans near the best measured ones of a budget: where a search goes on whose predictions find nothing better."""
+"""Plans near the best ones of a budget, with what measuring each is expected to gain: where a search goes on."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ def plans_near(
     budget: int,
     weights: Mapping[str, float],
     known: Mapping[Plan, float],
+    predicted: Plan,
     fits: Callable[[Plan], bool],
     draw: np.random.Generator,
 ) -> list[tuple[float, Plan]]:
-    """Plans of at most so many bits near the best measured ones, and what each is expected to gain over the best.
+    """Plans of at most so many bits near the best ones, and what each is expected to gain over all measured ones.
 
-    known: the share of full precision that each measured plan within the budget keeps. weights: how much each task
-    counts. A gain is a mean over scores drawn from the surrogate's uncertainty, so that it is never negative.
+    known: the share of full precision that each measured plan within the budget keeps. predicted: the plan that is
+    predicted to be best, measured or not. weights: how much each task counts. A gain is a mean over scores drawn from
+    the surrogate's uncertainty, so that it is never negative: plans gain that are expected to be good, or may be.
     """
-    rows = changed_at_most_twice(knapsack, sorted(known, key=lambda plan: -known[plan])[:NEAR])
+    measured = sorted(known, key=lambda plan: -known[plan])
+    rows = changed_at_most_twice(knapsack, list(dict.fromkeys([predicted, *measured[:NEAR]])))
     bits = sum(sizes[rows[:, c]] for c, sizes in enumerate(knapsack.bits)) + knapsack.kept
     rows = rows[bits <= budget]
     total = sum(weights.values())
@@ -37,9 +40,12 @@ def plans_near(
     plans = [plan for plan in map(knapsack.space.decode, best) if plan not in known and fits(plan)]
     if not plans:
         return []
-    index = knapsack.space.encode(plans)
-    drawn = sum(share * knapsack.models[task].draws(index, draw, explore=True) for task, share in shares.items())
-    gains = np.maximum(drawn - max(known.values()), 0.0).mean(axis=0)
+    index = knapsack.space.encode([*plans, *measured])
+    each = [share * knapsack.models[task].draws(index, draw, explore=True) for task, share in shares.items()]
+    drawn = np.sum(each, axis=0)
+    # in each draw by itself, since what all plans of a draw have in common is no gain
+    kept = drawn[:, len(plans) :].max(axis=1, keepdims=True, initial=0.0)
+    gains = np.maximum(drawn[:, : len(plans)] - kept, 0.0).mean(axis=0)
     return list(zip(gains.tolist(), plans, strict=True))
 
 
