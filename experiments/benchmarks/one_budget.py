@@ -65,7 +65,7 @@ def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.Data
     with tempfile.TemporaryDirectory() as place:
         if len(before):
             schemes, _ = with_calibration(vlm, parts, ASKED.schemes, [task], ASKED.examples)
-            chosen = zip(described(before["sweep_plan"], schemes), before["sweep_cpu_s"], strict=True)
+            chosen = zip(described(before["sweep_plan"], schemes, parts), before["sweep_cpu_s"], strict=True)
             swept = dict(zip(before["bpw"], chosen, strict=True))
         else:
             swept = of_sweep(vlm, parts, task, n, seed, Path(place) / "sweep")

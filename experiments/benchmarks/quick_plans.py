@@ -112,17 +112,24 @@ def by_plan(
     return plans, seconds, len(planning.study.trials())
 
 
-def described(texts: Iterable[str], schemes: Sequence[Scheme]) -> list[Plan]:
+def described(texts: Iterable[str], schemes: Sequence[Scheme], parts: ComponentMap) -> list[Plan]:
     """Plans, read from their descriptions in a table."""
-    widths = {str(scheme.bits): scheme for scheme in schemes} | {"native": None}
-    choices = [[choice.rsplit(" ", 1) for choice in text.split(" · ")] for text in texts]
-    return [Plan(tuple((name, widths[bits]) for name, bits in choice)) for choice in choices]
+    widths = {one.widths: one for one in schemes} | {"native": None}
+    uniform = {plan.describe(): plan for plan in (Plan.uniform(parts, one) for one in [None, *schemes])}
+
+    def read(text: str) -> Plan:
+        if text in uniform:
+            return uniform[text]
+        choices = [choice.rsplit(" ", 1) for choice in text.split(" · ")]
+        return Plan(tuple((name, widths[width]) for name, width in choices))
+
+    return [read(text) for text in texts]
 
 
-def kept(rows: pd.DataFrame, schemes: Sequence[Scheme]) -> tuple[list[Plan], float]:
+def kept(rows: pd.DataFrame, schemes: Sequence[Scheme], parts: ComponentMap) -> tuple[list[Plan], float]:
     """The plans that a sweep chose before, and its seconds."""
     own = rows[rows["chooser"] == "sweep"].sort_values("bpw")
-    return described(own["plan"], schemes), float(own["cpu_s"].iloc[0])
+    return described(own["plan"], schemes, parts), float(own["cpu_s"].iloc[0])
 
 
 def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.DataFrame) -> list[dict[str, object]]:
@@ -132,7 +139,7 @@ def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.Data
     with tempfile.TemporaryDirectory() as place:
         if len(before):
             schemes, _ = with_calibration(vlm, parts, [scheme("gptq", bits) for bits in BITS], [task])
-            swept, seconds = kept(before, schemes)
+            swept, seconds = kept(before, schemes, parts)
         else:
             swept, seconds = by_sweep(vlm, parts, task, n, seed, Path(place) / "sweep", ASKED)
         plans, costs, ran = by_plan(vlm, parts, task, n, seed, Path(place) / "plan", ASKED)

@@ -1,6 +1,6 @@
 """What users of other tools would pick, side by side: the best plan by each score, `plan`, a sweep, and uniform plans.
 
-    python -m experiments.peers [--settings heavy,plain] [--n 200] [--test 600]
+    python -m experiments.peers [--settings heavy,plain] [--n 200] [--test 600] [--again]
 
 All choose plans for the same budgets (those of experiments.benchmarks.quick_plans) at 2, 3, 4, 6 and 8 bits by
 group.kind, from the same calibration examples. `plan`, the sweep of 60 plans with `recommend`, and each component run
@@ -12,7 +12,8 @@ Aumann and Shapley (coverage, from integrals of fewer examples and passes than `
 compares the first with the package itself. Some settings should mislead scores: rounded inputs, another task's
 calibration data, few examples.
 
-Settings in reports/peers.csv are not run again; one that was cut off goes on from runs/peers.
+Settings in reports/peers.csv are not run again; with --again, `plan` is, beside what the others chose. One that was
+cut off goes on from runs/peers.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ TABLE, RUNS = ROOT / "reports" / "peers.csv", ROOT / "runs" / "peers"
 MEAN = "mean"  # of the differences at all budgets, on the same examples
 
 
-def compared(name: str, setting: Setting, n: int, test: int) -> Iterator[dict[str, object]]:
+def compared(name: str, setting: Setting, n: int, test: int, before: pd.DataFrame) -> Iterator[dict[str, object]]:
     """For each chooser a row for each budget, and one for their mean."""
     folder = RUNS / f"{name.replace(' ', '-')}-{n}"
-    vlm, parts, found = choices(setting, n, folder)
+    vlm, parts, found = choices(setting, n, folder, before)
     every = list(dict.fromkeys(plan for chosen in found.plans.values() for plan in chosen))
     print(name, len(every), "plans to test", flush=True)
     tested = sweep(vlm, parts, every, [setting.task], folder / f"test-{test}", n=test, seed=TESTED)
@@ -75,13 +76,15 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--test", type=int, default=600)
+    parser.add_argument("--again", action="store_true", help="run plan again, not the others")
     args = parser.parse_args()
     table = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame({"setting": []})
     for name in filter(None, args.settings.split(",")):
-        if name not in set(table["setting"]):
-            rows = pd.DataFrame(compared(name, SETTINGS[name], args.n, args.test))
-            known = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()  # another process may have added to it
-            table = pd.concat([known, rows], ignore_index=True)
+        before = table[table["setting"] == name]
+        if args.again or before.empty:
+            rows = pd.DataFrame(compared(name, SETTINGS[name], args.n, args.test, before))
+            table = pd.read_csv(TABLE) if TABLE.exists() else table  # another process may have added to it
+            table = pd.concat([table[table["setting"] != name], rows], ignore_index=True)
             overwrite(TABLE, table.to_csv(index=False))
             print(rows.drop(columns="plan").to_string(), flush=True)
     overwrite(TABLE.with_suffix(".md"), page(table))

@@ -9,8 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from experiments.benchmarks.put_back import ROUGHLY
-from experiments.benchmarks.quick_plans import BITS, Asked, budgets, by_plan, by_sweep
+from experiments.benchmarks.quick_plans import BITS, Asked, budgets, by_plan, by_sweep, described
 from experiments.peers.autoround import delta_loss
 from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import Scores, optimum
@@ -96,11 +98,20 @@ class Chosen:
         print(name, f"{seconds:.1f} CPU s", flush=True)
 
 
-def choices(setting: Setting, n: int, folder: Path) -> tuple[VLM, ComponentMap, Chosen]:
-    """What every chooser picks, as far as it was not picked before; scores count from calibration on."""
+def choices(setting: Setting, n: int, folder: Path, before: pd.DataFrame) -> tuple[VLM, ComponentMap, Chosen]:
+    """What every chooser picks, as far as it was not picked before; scores count from calibration on.
+
+    before: rows of the table with what others than `plan` picked.
+    """
     vlm = load(f"embedded:{setting.model}")
     parts = inspect(vlm, by="group.kind")
     found = Chosen.of(folder / "chosen.json")
+    if len(before):
+        asked = setting.asked
+        schemes, _ = with_calibration(vlm, parts, asked.schemes, [asked.calibration or setting.task], asked.examples)
+        for name, rows in before.dropna(subset="plan").groupby("chooser"):
+            if name not in {*PLANS, *found.plans}:
+                found.add(str(name), described(rows["plan"], schemes, parts), float(rows["cpu_s"].iloc[0]))
     if BASE not in found.plans:
         with tempfile.TemporaryDirectory() as place:
             found.add(BASE, *by_sweep(vlm, parts, setting.task, n, 0, Path(place) / "sweep", setting.asked))
