@@ -56,7 +56,7 @@ def compared(
         found = scored(vlm, parts, ASKED.schemes, [task], [SCORE], ASKED.examples)
         swing, data = found.scores[0].scores, {"statistics": found.given.statistics}
         expectations: Mapping[str, Scores | None] = {NONE: None, SCORE: swing, SHUFFLED: shuffled(swing, seed)}
-        base = kept(swept, found.schemes)[0]
+        base = kept(swept, found.schemes, parts)[0]
         chosen: dict[tuple[str, int], list[Plan]] = {}
         seconds = {}
         for what in missing:
