@@ -47,14 +47,15 @@ def compared(name: str, setting: Setting, n: int, test: int, before: pd.DataFram
     tested = sweep(vlm, parts, every, [setting.task], folder / f"test-{test}", n=test, seed=TESTED)
     for chooser, plans in found.plans.items():
         head = {"setting": name, "chooser": chooser, "cpu_s": round(found.seconds[chooser], 1), "n": n, "test": test}
-        frames = [frame(tested, plan, base) for plan, base in zip(plans, found.plans[BASE], strict=True)]
-        for bpw, own, plan in zip(budgets(parts), frames, plans, strict=True):
-            yield {**head, "bpw": f"{bpw:g}", **difference(own), "plan": plan.describe()}
+        bases = found.plans[BASE]
+        frames = [frame(tested, plan, base) for plan, base in zip(plans, bases, strict=True)]
+        for bpw, own, plan, base in zip(budgets(parts), frames, plans, bases, strict=True):
+            yield {**head, "bpw": f"{bpw:g}", **difference(own, plan == base), "plan": plan.describe()}
         together = frames[0][["cluster"]].assign(
             score=np.mean([one["score"] for one in frames], axis=0),
             score_base=np.mean([one["score_base"] for one in frames], axis=0),
         )
-        yield {**head, "bpw": MEAN, **difference(together)}
+        yield {**head, "bpw": MEAN, **difference(together, plans == bases)}
 
 
 def frame(tested: Study, plan: object, base: object) -> pd.DataFrame:
@@ -65,10 +66,11 @@ def frame(tested: Study, plan: object, base: object) -> pd.DataFrame:
     return own.merge(theirs, on="example", suffixes=("", "_base")).sort_values("example", ignore_index=True)
 
 
-def difference(both: pd.DataFrame) -> dict[str, object]:
+def difference(both: pd.DataFrame, same: bool) -> dict[str, object]:
+    """The mean score and its difference to the base's; of the same plan there is nothing to estimate."""
     gain = paired_difference(both["score"], both["score_base"], both["cluster"])
-    return {"score": round(float(both["score"].mean()), 4), "to_sweep": round(gain.mean, 5),
-            "low": round(gain.low, 5), "high": round(gain.high, 5)}  # fmt: skip
+    low, high = (0.0, 0.0) if same else (round(gain.low, 5), round(gain.high, 5))
+    return {"score": round(float(both["score"].mean()), 4), "to_sweep": round(gain.mean, 5), "low": low, "high": high}
 
 
 def main() -> None:
