@@ -46,6 +46,7 @@ EXPECTED = "swing"  # the score from which the surrogate starts, where it was co
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
 WORTH = 0.001  # share of full precision that a plan must be expected to gain in order to be measured
+ALL_BUT = 0.995  # a budget whose best measured plan keeps this share has little left to gain
 ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision gives a warning
 MORE = 40  # trials that are advised where a plan loses more than that; beyond, a sweep is
 EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
@@ -128,12 +129,15 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
     """Plans worth a measurement, the one with the largest expected gain over a budget's best measured plan first.
 
     For each budget, the surrogate's best plan and plans near that one and the best measured ones: those gain most that
-    are predicted to be good, or of which little is known yet.
+    are predicted to be good, or of which little is known yet. Where nearly all of full precision is kept, no plan gains
+    much.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     gains: list[tuple[float, Plan]] = []
     kept = kept_shares(study, request, knapsack)
     for bpw, known, (ranked, _) in zip(request.bpw, kept, proposed(study, replace(request, top=1)), strict=True):
+        if max(known.values(), default=0.0) >= ALL_BUT:
+            continue
         gains += plans_near(
             knapsack,
             budget_bits(study.parts, bpw),

@@ -136,7 +136,7 @@ def test_time_is_limited_and_there_is_a_plan_all_the_same(folder: Path, capsys: 
 def test_where_scores_misjudge_all_trials_are_used_and_more_are_advised(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rounded to nearest at few bits, no plan keeps much: the surrogate expects no gain, and the search goes on."""
+    """Rounded to nearest at few bits, no plan keeps much: the search goes on. Where all is kept, it ends early."""
     line = f"plan {MODEL} --method rtn --bits 2,3,8 --bpw 2.6 --n 12 --calibration-n 4 --top 1 --json"
     found, err = run(capsys, f"{line} --trials 7 --out {folder / 'misjudged'}")
     assert found["plans_measured"] == 7
@@ -147,7 +147,8 @@ def test_where_scores_misjudge_all_trials_are_used_and_more_are_advised(
     monkeypatch.setattr(planning, "MORE", 9)  # what was advised has run
     _, err = run(capsys, f"{line} --trials 9 --out {folder / 'misjudged'}")
     assert "`sensitivity sweep` with the same --out, --by and --n 12 goes on from here" in err
-    found, err = run(capsys, f"{line.replace('2.6', '7')} --trials 7 --out {folder / 'easy'}")
+    easy = line.replace("2.6", "8.6").replace("--n 12", "--n 60")
+    found, err = run(capsys, f"{easy} --trials 7 --out {folder / 'easy'}")
     assert found["plans_measured"] < 7
     assert "keep little" not in err
     lines = [line for line in map(json.loads, err.splitlines()) if "plans_done" in line]
