@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -14,7 +13,7 @@ import numpy as np
 from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import Candidate, mean_share
 from sensitivity.analysis.allocate.by_scores import combined, met_budgets, optimum
-from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed, recommended
+from sensitivity.analysis.allocate.kept_recommendation import Proposed, best_of, proposed, recommended
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.request import PlanRequest
@@ -125,7 +124,7 @@ def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[At
     return tuple(plan for plan in dict.fromkeys(best) if not plan.is_native)
 
 
-def proposal(study: Study, request: PlanRequest) -> list[Plan]:
+def proposal(study: Study, request: PlanRequest) -> Iterator[Plan]:
     """Plans worth a measurement, the one with the largest expected gain over a budget's best measured plan first.
 
     For each budget, the surrogate's best plan and plans near that one and the best measured ones: those gain most that
@@ -133,22 +132,23 @@ def proposal(study: Study, request: PlanRequest) -> list[Plan]:
     much.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
-    gains: list[tuple[float, Plan]] = []
-    kept = kept_shares(study, request, knapsack)
-    for bpw, known, (ranked, _) in zip(request.bpw, kept, proposed(study, replace(request, top=1)), strict=True):
+    gains: list[tuple[float, Plan, float]] = []
+    for bpw, known in zip(request.bpw, kept_shares(study, request, knapsack), strict=True):
         if max(known.values(), default=0.0) >= ALL_BUT:
             continue
-        gains += plans_near(
+        near = plans_near(
             knapsack,
             budget_bits(study.parts, bpw),
             request.weights,
             known,
-            ranked[0].plan,
-            partial(_fits, study.parts, bpw=bpw, request=request),
+            best_of(study, replace(request, top=1), bpw, knapsack)[0].plan,
+            _limits(study.parts, request),
             np.random.default_rng(len(study.measured())),
         )
-    gains.sort(key=lambda one: -one[0])
-    return list(dict.fromkeys(plan for gain, plan in gains if gain > WORTH))
+        gains += [(gain, plan, bpw) for gain, plan in near if gain > WORTH]
+    for _, plan, bpw in sorted(gains, key=lambda one: -one[0]):
+        if _fits(study.parts, plan, bpw, request):  # `plans_near` adds up sizes of parts, which is nearly exact
+            yield plan
 
 
 def kept_shares(study: Study, request: PlanRequest, knapsack: Knapsack) -> list[dict[Plan, float]]:
@@ -257,12 +257,17 @@ def allowed_and_tied(parts: ComponentMap, request: PlanRequest) -> tuple[Allowed
     return allowed_by(parts.names, request.allow), tied_groups(parts.names, request.tie)
 
 
-def _fits(parts: ComponentMap, plan: Plan, bpw: float, request: PlanRequest) -> bool:
-    """Whether a plan meets a budget and all limits of a request."""
+def _limits(parts: ComponentMap, request: PlanRequest) -> Callable[[Plan], bool]:
+    """Whether a plan meets all limits of a request but the budget."""
     allow, tie = allowed_and_tied(parts, request)
-    return (
-        size(parts, plan, files_of(request.runtime)).bits <= budget_bits(parts, bpw)
-        and (allow is None or all(allow(*one) for one in plan.schemes))
+    return lambda plan: (
+        (allow is None or all(allow(*one) for one in plan.schemes))
         and all(len({plan[name] for name in group}) == 1 for group in tie)
         and not (request.runtime and violations(parts, plan, request.runtime))
     )
+
+
+def _fits(parts: ComponentMap, plan: Plan, bpw: float, request: PlanRequest) -> bool:
+    """Whether a plan meets a budget and all limits of a request."""
+    small = size(parts, plan, files_of(request.runtime)).bits <= budget_bits(parts, bpw)
+    return small and _limits(parts, request)(plan)

@@ -186,7 +186,7 @@ def proposed(study: Study, request: PlanRequest, times: LayerTimes | None = None
 
     times: the times of layers in the runtime, which a request with limits needs.
     """
-    runtime, (allow, tie) = request.runtime, check_request(study, request)
+    runtime, (allow, _) = request.runtime, check_request(study, request)
     if request.limits and times is None:
         remedy = f"`sensitivity profile {shell_word(study.parts.model)} --runtime {runtime}`"
         raise UserError(f"limits on time or memory need the times of layers: {remedy}")
@@ -201,26 +201,29 @@ def proposed(study: Study, request: PlanRequest, times: LayerTimes | None = None
             allow is None or allow(*one) for one in plan.schemes
         )
 
-    def best(knapsack: Knapsack, bpw: float) -> list[Candidate]:
-        if runtime:
-            return legal_candidates(
-                study, runtime, bpw, None, request.top, request.weights, request.floors, allow, tie, knapsack
-            )
-        return solve(
-            study,
-            bpw=bpw,
-            weights=request.weights,
-            floors=request.floors,
-            allowed=allow,
-            tied=tie,
-            top=request.top,
-            knapsack=knapsack,
-        )
-
     return [
         (
-            best_of_each(knapsacks, partial(best, bpw=bpw), request.top),
+            best_of_each(knapsacks, partial(best_of, study, request, bpw), request.top),
             best_uniform(knapsacks[0], bpw, request.weights, request.floors, fits),
         )
         for bpw in request.bpw
     ]
+
+
+def best_of(study: Study, request: PlanRequest, bpw: float, knapsack: Knapsack) -> list[Candidate]:
+    """The best few plans for a budget by the predictions of a knapsack, under the request's conditions."""
+    runtime, (allow, tie) = request.runtime, check_request(study, request)
+    if runtime:
+        return legal_candidates(
+            study, runtime, bpw, None, request.top, request.weights, request.floors, allow, tie, knapsack
+        )
+    return solve(
+        study,
+        bpw=bpw,
+        weights=request.weights,
+        floors=request.floors,
+        allowed=allow,
+        tied=tie,
+        top=request.top,
+        knapsack=knapsack,
+    )
