@@ -257,7 +257,7 @@ def test_an_atlas_is_a_prior(tmp_path: Path) -> None:
     studies = [planted_study(tmp_path / f"s{i}", i) for i in range(2)]
     for study in studies:
         add_to_atlas(study, atlas)
-    check_priors([atlas])
+    check_priors([atlas], new.path)
     expect_from(new, [atlas], schemes_of(new))
     by_atlas = read_expected(new.path)
     expect_from(new, [study.path for study in studies], schemes_of(new))
@@ -267,6 +267,25 @@ def test_an_atlas_is_a_prior(tmp_path: Path) -> None:
     for name, row in by_atlas.items():
         for scheme, damage in row.items():
             assert damage == pytest.approx(by_studies[name][scheme])
+
+
+def test_an_atlas_is_a_prior_without_the_study_itself(tmp_path: Path) -> None:
+    alone, both = tmp_path / "alone.parquet", tmp_path / "both.parquet"
+    own, other = planted_study(tmp_path / "own", 0), planted_study(tmp_path / "other", 1)
+    add_to_atlas(own, alone)
+    for study in (own, other):
+        add_to_atlas(study, both)
+    with pytest.raises(UserError, match=r"alone.parquet holds nothing but this study itself, whose measurements count"):
+        check_priors([alone], own.path)
+    check_priors([both], own.path)
+    with pytest.warns(Notice, match=r"both.parquet holds .*own itself, .*: that is left out as a prior"):
+        expect_from(own, [both], schemes_of(own))
+    by_atlas = read_expected(own.path)
+    expect_from(own, [other.path], schemes_of(own))
+    by_study = read_expected(own.path)
+    assert by_atlas is not None
+    assert by_study is not None
+    assert [*by_atlas["vision"].values()] == pytest.approx([*by_study["vision"].values()])
 
 
 def test_those_who_add_at_once_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_another_method_takes_the_curve_of_the_only_one(tmp_path: Path) -> None:
 
 def test_what_cannot_be_a_prior_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no study at .*nowhere"):
-        check_priors([tmp_path / "nowhere"])
+        check_priors([tmp_path / "nowhere"], tmp_path / "new")
     with pytest.raises(UserError, match=r"has measured 3 plans, too few to learn damages from; at least 5 are needed"):
         measured_damages(study(tmp_path / "few", 3))
     two = planted.parts(("vision", "language"), (1000, 2500))
@@ -108,6 +108,18 @@ def test_several_priors_are_averaged_and_kept_in_the_study(tmp_path: Path) -> No
     assert expected is not None
     assert set(expected) == set(WHOLE.names)
     assert {scheme.bits for scheme in expected["vision"]} <= {2, 3, 4, 8}
+
+
+def test_a_study_is_no_prior_of_its_own(tmp_path: Path) -> None:
+    """Its measurements would count twice. A link or another spelling is the same study."""
+    own = study(tmp_path / "own")
+    (tmp_path / "link").symlink_to(own.path)
+    for path in (own.path, tmp_path / "link", own.path / ".." / "own"):
+        with pytest.raises(UserError, match="is this study itself, whose measurements count already; name a --prior"):
+            check_priors([path], own.path)
+        with pytest.raises(UserError, match="is this study itself"):
+            expect_from(own, [path], SCHEMES)
+    assert read(own.path) is None
 
 
 def sizes_of(space: Space) -> PlanSizes:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pkgutil
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ FITTING = {  # a value of each flag with which nothing is wrong: what is refused
     "--top": "1", "a": "study", "b": "study", "--plan": "a79dde72", "--every": "1",
     "--share": "shared", "--failures": "3", "action": "add", "--atlas": "atlas.parquet", "--attributions": "why",
     "--ms-per-token": "1e6", "--ms-per-answer": "1e6", "--gb-resident": "1",
-    "--minutes": "5", "--prior": "study", "--scores": "gram,fisher", "--check": "4", "--draft": "5",
+    "--minutes": "5", "--prior": "earlier", "--scores": "gram,fisher", "--check": "4", "--draft": "5",
     "--model": MODEL, "--format": "fake", "--part": "c=connector", "--switch": "on=connector",
     "--kinds": "x=ff", "--numel": "vision=1_000", "--kind": "k", "--score": "s", "--total": "1000000000",
 }  # fmt: skip
@@ -380,6 +381,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(place)
     try:
         assert cli.main(f"sweep {MODEL} --bits 2,4,8 --n 6 --out study".split()) == 0
+        shutil.copytree("study", "earlier")
         assert cli.main(["export", "study", "--bpw", "6", "--format", "fake", "--out", "export"]) == 0
         assert cli.main(["atlas", "add", "study", "--to", "atlas.parquet"]) == 0
     finally:

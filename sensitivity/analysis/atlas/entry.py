@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -93,17 +93,8 @@ def _entry(study: Study, task: str) -> Entry | None:
     damages = damages_of(model)
     schemes = {name: set(row) for name, row in damages.items()}
     errors = attributions.read(study.path, ERROR, study.meta.get("fingerprint"))
-    about = About(
-        model=Path(study.parts.model).name,  # not the whole path, since an atlas is for others, too
-        weights=study.meta.get("fingerprint"),
-        task=task,
-        by=study.parts.by,
-        methods=sorted({scheme.method for row in damages.values() for scheme in row}),
-        n=study.meta.get("n"),
-        seed=study.meta.get("seed"),
-    )
     return Entry(
-        about,
+        about_study(study, task, {scheme.method for row in damages.values() for scheme in row}),
         study.parts.numel,
         len(set(observations.keys)),
         observations.full,
@@ -113,6 +104,19 @@ def _entry(study: Study, task: str) -> Entry | None:
         {name: study.parts[name].numel for name in damages},
         damages,
         {name: own for name, row in errors.items() if (own := _measured(row, schemes.get(name, set())))},
+    )
+
+
+def about_study(study: Study, task: str, methods: Iterable[str] = ()) -> About:
+    """What a study has measured of a task, by these methods."""
+    return About(
+        model=Path(study.parts.model).name,  # not the whole path, since an atlas is for others, too
+        weights=study.meta.get("fingerprint"),
+        task=task,
+        by=study.parts.by,
+        methods=sorted(methods),
+        n=study.meta.get("n"),
+        seed=study.meta.get("seed"),
     )
 
 

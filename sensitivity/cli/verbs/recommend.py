@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     of = study.parts, args.runtime, args.threads or 0
     times = load_kept_times(*of) if request.limits else kept_times_if_any(*of)
     if args.prior:
-        check_priors(args.prior)
+        check_priors(args.prior, study.path)
         expect_from(study, args.prior, schemes_of(study))
     request, proposals, unmet = _proposed(study, request, times)
     vlm = _model(args, study)

@@ -254,7 +254,7 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     if args.prior:
         from sensitivity.analysis.atlas.priors import check_priors
 
-        check_priors(args.prior)
+        check_priors(args.prior, args.out)
     if args.scores:
         from sensitivity.api.attribution_file import check_scores_apply
         from sensitivity.api.planning import check_float_path
