@@ -15,6 +15,7 @@ import planted
 import pytest
 from planted import frame
 
+from sensitivity.analysis.allocate import neighbors
 from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve, spend
 from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
@@ -204,9 +205,25 @@ def test_nearly_equal_plans_for_several_tasks_are_not_listed_one_by_one(
     def share(index: np.ndarray) -> np.ndarray:
         return np.asarray(sum(knapsack.models[task].predict(index) / knapsack.full(task) for task in "ab"))
 
-    near = changed_at_most_twice(knapsack, [best.plan])
-    bits = sum(sizes[near[:, c]] for c, sizes in enumerate(knapsack.bits)) + knapsack.kept
-    assert share(knapsack.space.encode([best.plan]))[0] >= share(near[bits <= budget_bits(many, bpw)]).max() - 2e-3
+    row = knapsack.space.encode([best.plan])
+    near = changed_at_most_twice(knapsack, row[0], budget_bits(many, bpw), share)
+    assert share(row)[0] >= share(near).max() - 2e-3
+
+
+def test_of_very_many_plans_near_one_those_are_compared_that_promise_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = planted.study(tmp_path, {"a": rough(0)}, 0.01, levels=(2, 3, 8), components=FOUR)
+    knapsack, budget = Knapsack.of(study, ["a"]), budget_bits(FOUR, 4)
+    row = knapsack.space.encode([study.measured()[5].plan])[0]
+    expected = knapsack.models["a"].predict
+    every = changed_at_most_twice(knapsack, row, budget, expected)
+    monkeypatch.setattr(neighbors, "MOST", len(every) // 2)
+    some = changed_at_most_twice(knapsack, row, budget, expected)
+    assert len(some) == len(every) // 2
+    assert {tuple(one) for one in some} < {tuple(one) for one in every}
+    assert expected(some).mean() > expected(every).mean()
+    assert expected(some).max() == expected(every).max()
 
 
 def test_limits_hold_by_construction(two_tasks: Study) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import combinations_with_replacement
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from sensitivity.spec.plan import Plan
 
 Floats = np.ndarray
 NEAR, COMPARED = 3, 200  # measured plans whose neighbors are looked at, and neighbors whose gains are computed
+MOST = 5000  # neighbors of one plan that are looked at; of a hundred components there are a hundred thousand
 
 
 def plans_near(
@@ -30,13 +30,17 @@ def plans_near(
     the surrogate's uncertainty, so that it is never negative: plans gain that are expected to be good, or may be.
     """
     measured = sorted(known, key=lambda plan: -known[plan])
-    rows = changed_at_most_twice(knapsack, list(dict.fromkeys([predicted, *measured[:NEAR]])))
-    bits = sum(sizes[rows[:, c]] for c, sizes in enumerate(knapsack.bits)) + knapsack.kept
-    rows = rows[bits <= budget]
     total = sum(weights.values())
     shares = {task: weight / total / (knapsack.full(task) or 1.0) for task, weight in weights.items()}
-    expected = sum(share * knapsack.models[task].predict(rows) for task, share in shares.items())
-    best = rows[np.argsort(-np.asarray(expected), kind="stable")][:COMPARED]
+
+    def expected(rows: Floats) -> Floats:
+        kept = [share * knapsack.models[task].predict(rows) for task, share in shares.items()]
+        return np.asarray(np.sum(kept, axis=0))
+
+    around = knapsack.space.encode(list(dict.fromkeys([predicted, *measured[:NEAR]])))
+    near = [changed_at_most_twice(knapsack, row, budget, expected) for row in around]
+    rows = np.unique(np.concatenate(near), axis=0)
+    best = rows[np.argsort(-expected(rows), kind="stable")][:COMPARED]
     plans = [plan for plan in map(knapsack.space.decode, best) if plan not in known and fits(plan)]
     if not plans:
         return []
@@ -49,12 +53,29 @@ def plans_near(
     return list(zip(gains.tolist(), plans, strict=True))
 
 
-def changed_at_most_twice(knapsack: Knapsack, plans: list[Plan]) -> Floats:
-    """All plans that differ from a given one in at most two components, as rows of positions."""
-    counts = [len(options) for options in knapsack.space.choices]
-    single = [(c, choice) for c, count in enumerate(counts) for choice in range(count)]
-    changes = np.full((len(single) * (len(single) + 1) // 2, len(counts)), -1)
-    for row, ((a, one), (b, other)) in zip(changes, combinations_with_replacement(single, 2), strict=True):
-        row[a], row[b] = one, other
-    rows = knapsack.space.encode(plans)
-    return np.unique(np.concatenate([np.where(changes < 0, plan, changes) for plan in rows]), axis=0)
+def changed_at_most_twice(
+    knapsack: Knapsack, plan: Floats, budget: int, expected: Callable[[Floats], Floats]
+) -> Floats:
+    """The plans of at most so many bits that differ from a given one in at most two components, as rows of positions.
+
+    expected: what plans are expected to keep. Of very many plans, those whose two changes promise most, each by itself.
+    """
+    changes = [(c, choice) for c, options in enumerate(knapsack.space.choices) for choice in range(len(options))]
+    where, to = np.array(changes).T
+    alone = np.tile(plan, (len(changes), 1))
+    alone[np.arange(len(changes)), where] = to
+    more = np.array([knapsack.bits[c][choice] - knapsack.bits[c][plan[c]] for c, choice in changes])
+    own = sum(sizes[choice] for sizes, choice in zip(knapsack.bits, plan, strict=True)) + knapsack.kept
+    first, second = np.triu_indices(len(changes))
+    # two changes of one component are none
+    usable = ((where[first] != where[second]) | (first == second)) & (
+        own + more[first] + np.where(first == second, 0, more[second]) <= budget
+    )
+    first, second = first[usable], second[usable]
+    if len(first) > MOST:
+        gain = expected(alone)
+        best = np.argsort(-(gain[first] + gain[second]), kind="stable")[:MOST]
+        first, second = first[best], second[best]
+    rows: Floats = alone[first]
+    rows[np.arange(len(rows)), where[second]] = to[second]
+    return rows
