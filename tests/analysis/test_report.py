@@ -183,11 +183,11 @@ def test_the_curves_are_held_against_full_precision() -> None:
     """And not against their own last width; where a curve falls below and rises again, its widths are named."""
     drawn = means(
         a={2: 0.4, 4: 0.92, 8: 0.95}, b={2: 0.53, 3: 0.53, 8: 0.58}, c={3: 0.95, 4: 0.5, 8: 0.96},
-        d={2: 0.3, 4: 0.95, 8: 0.5},
+        d={2: 0.3, 4: 0.95, 8: 0.5}, e={2: 0.95, 3: 0.5, 4: 0.95, 6: 0.5, 8: 0.95},
     )  # fmt: skip
     told = sentences.by_bits_alt(drawn, "vqa", 0.975, alone=True)
     assert "90 % of full precision's 0.975: a down to 4 bits; b at no width (0.58 at best); c only at 3 and 8" in told
-    assert "d only at 4 bits" in told
+    assert "d only at 4 bits; e only at 2, 4 and 8 bits" in told
     assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", None, alone=True)
     assert "90 %" not in sentences.by_bits_alt(drawn, "vqa", 0.0, alone=True)
 
@@ -240,6 +240,29 @@ def test_no_advice_comes_from_a_ranking_that_explains_nothing(study: Study, tmp_
         assert "spend bits on" not in text.replace("on which part to spend bits", "")
     text = report(study, tmp_path / "sure", rankings={"vqa": found}).read_text()
     assert re.search(r"\(shares of the differences in score: \w+ \d+ % \[\d+, \d+\],", text)
+
+
+def test_captions_name_what_the_cells_show(study: Study) -> None:
+    """The largest cell beside the strongest pair over all plans, and whose share a cell of left-out widths is."""
+    found = rank(study, bootstraps=2)
+    pairs = pd.DataFrame(
+        [("a", "b", 0.0033, -0.00068), ("a", "c", 0.002, -0.021), ("b", "c", 0.001, np.nan)],
+        columns=["a", "b", "strength", "both_low"],
+    )
+    told = sentences.interactions_alt(replace(found, pairs=pairs))
+    assert "hurt each other. Largest there: a with c (-0.021). Largest over all plans (0.0033 on average" in told
+    assert told.endswith("which no cell shows: a with b.")
+    same = sentences.interactions_alt(replace(found, pairs=pairs.iloc[1:]))
+    assert same.endswith(
+        "Largest there: a with c (-0.021), and also over all plans (0.002 on average, with either sign)."
+    )
+    none = sentences.interactions_alt(replace(found, pairs=pairs.iloc[2:]))
+    assert none.endswith(
+        "No plan has both so low. Largest over all plans (0.001 on average, with either sign): b with c."
+    )
+    told = sentences.levels_alt(found)
+    assert told.startswith("A row is the part whose trials with one width, the column, are left out. A cell says")
+    assert "the share of forest importance that it moves most, which may be another part's; largest: " in told
 
 
 def test_estimators_are_called_what_the_tables_call_them(study: Study) -> None:

@@ -214,7 +214,7 @@ def importance_alt(ranking: Ranking) -> str:
 
 
 PARETO_ALT = "Scatter plot of the score of every plan against its bits per weight, with the frontier of the best."
-PAIR_ALT = "Table in colors of the mean score for each combination of the widths of the two parts that interact most."
+PAIR_ALT = "Table in colors of the mean score by the widths of the two parts that interact most over all plans."
 WIDTHS_ALT = "Scatter plot of score against bits per weight; color and shape of a point say the width of this part."
 
 
@@ -236,7 +236,8 @@ def by_bits_alt(means: pd.DataFrame, task: str, full: float | None, alone: bool 
         if len(unbroken) == high.sum() > 0:
             parts.append(f"{part} down to {unbroken.min():g} bits")
         elif high.any():
-            parts.append(f"{part} only at {' and '.join(f'{bits:g}' for bits in sorted(curve.index[high]))} bits")
+            *others, last = (f"{bits:g}" for bits in sorted(curve.index[high]))
+            parts.append(f"{part} only at {', '.join(others)}{' and ' if others else ''}{last} bits")
         else:
             parts.append(f"{part} at no width ({curve.max():.3g} at best)")
     where = "Where they keep" if alone else "Widths at which the best plan keeps"
@@ -247,21 +248,32 @@ def levels_alt(ranking: Ranking) -> str:
     """The text alternative of the figure of left-out levels."""
     worst = ranking.levels.loc[ranking.levels["shift"].abs().idxmax()]
     return (
-        "Change of each share, in points, when all trials with one width of one part are left out; largest: "
+        "A row is the part whose trials with one width, the column, are left out. A cell says by how many points that "
+        "moves the share of forest importance that it moves most, which may be another part's; largest: "
         f"{worst['moves']} by {worst['shift']:+.0f} without {worst['component']} at "
         f"{robustness.width_in_words(worst['bits'])}."
     )
 
 
 def interactions_alt(ranking: Ranking) -> str:
-    """The text alternative of the interactions figure."""
-    pair = ranking.pairs.iloc[0]
-    how = "worse" if pair["both_low"] < 0 else "less bad"
-    return (
-        "What two parts do to the score beyond the sum of their effects, where both are in the lower half of their "
-        f"widths (SHAP); negative means that they hurt each other. Largest over all plans ({pair['strength']:.2g} on "
-        f"average): {pair['a']} with {pair['b']}, which are {how} than the sum by {abs(pair['both_low']):.2g} there."
+    """The text alternative of the interactions figure: of the largest cell, and of the strongest pair over all plans.
+
+    These may differ, since a cell knows only of plans in which both widths are low.
+    """
+    drawn = ranking.pairs.dropna(subset="both_low")
+    strongest = ranking.pairs.iloc[0]
+    over_all = f"over all plans ({strongest['strength']:.2g} on average, with either sign)"
+    told = (
+        "A cell is what two parts do to the score beyond the sum of their effects, where both are in the lower half of "
+        "their widths (SHAP); negative means that they hurt each other."
     )
+    if not len(drawn):
+        return f"{told} No plan has both so low. Largest {over_all}: {strongest['a']} with {strongest['b']}."
+    cell = drawn.loc[drawn["both_low"].abs().idxmax()]
+    told += f" Largest there: {cell['a']} with {cell['b']} ({cell['both_low']:+.2g})"
+    if (cell["a"], cell["b"]) == (strongest["a"], strongest["b"]):
+        return f"{told}, and also {over_all}."
+    return f"{told}. Largest {over_all}, which no cell shows: {strongest['a']} with {strongest['b']}."
 
 
 def calibration_alt(checked: pd.DataFrame) -> str:
