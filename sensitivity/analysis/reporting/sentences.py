@@ -236,8 +236,9 @@ def by_bits_alt(means: pd.DataFrame, task: str, full: float | None, alone: bool 
         if len(unbroken) == high.sum() > 0:
             parts.append(f"{part} down to {unbroken.min():g} bits")
         elif high.any():
-            *others, last = (f"{bits:g}" for bits in sorted(curve.index[high]))
-            parts.append(f"{part} only at {', '.join(others)}{' and ' if others else ''}{last} bits")
+            widths = [f"{bits:g}" for bits in sorted(curve.index[high])]
+            listed = " and ".join(filter(None, [", ".join(widths[:-1]), widths[-1]]))
+            parts.append(f"{part} only at {listed} bits")
         else:
             parts.append(f"{part} at no width ({curve.max():.3g} at best)")
     where = "Where they keep" if alone else "Widths at which the best plan keeps"
