@@ -11,7 +11,7 @@ from sensitivity.measure.attribution.checks import Checks
 from sensitivity.measure.attribution.scores import SCORES, WITH_ANSWERS, Attribution
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, unknown
-from sensitivity.spec.files import finite, write_atomically
+from sensitivity.spec.files import finite, new_folder, write_atomically
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
@@ -93,6 +93,6 @@ def attributions_json(
 def save_attributions(out: Path, content: Mapping[str, object]) -> Path:
     """Write attributions into a folder, which is made if it is missing."""
     check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(paths.attributions_file(out), json.dumps(finite(dict(content)), indent=1).encode())
+    with new_folder(out):
+        write_atomically(paths.attributions_file(out), json.dumps(finite(dict(content)), indent=1).encode())
     return paths.attributions_file(out)

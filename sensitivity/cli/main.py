@@ -36,7 +36,7 @@ from sensitivity.cli.verbs import (
 from sensitivity.cli.verbs.reading import atlas, compare, failures, table, watch
 from sensitivity.cli.verbs.timing import bench, profile
 from sensitivity.spec import standard_output, threads
-from sensitivity.spec.errors import Failed, Notice, Partly, UserError, os_message, printable
+from sensitivity.spec.errors import Failed, NoSpace, Notice, Partly, UserError, os_message, printable
 from sensitivity.spec.files import finite
 
 # A verb is a module with ABOUT, EXAMPLE, arguments(parser) and run(args), which returns what --json prints. Verbs
@@ -66,6 +66,7 @@ VERBS: dict[str, ModuleType] = {
 }
 CONTINUED = {"plan", "sweep", "recommend", "demo"}  # verbs that measure plans, and store each as it is done
 BEGUN = {"plan", "sweep"}  # those of them that make the study, as --out
+AGAIN, CONTINUES = "the same command begins again", "the same command continues"
 FAILED, REFUSED = 1, 2  # exit codes
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143}  # as shells have them
 # parts of an ImportError's message when there is no memory for a shared library
@@ -109,6 +110,9 @@ def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Inte
         return FAILED
     except Partly as error:
         return fail(asked, str(error), REFUSED, error.facts)
+    except NoSpace as error:
+        what = f"{CONTINUES}: what was finished is kept" if _goes_on(words, asked) else AGAIN
+        return fail(asked, f"{error}, and {what}", FAILED)
     except UserError as error:
         return fail(asked, str(error), FAILED if isinstance(error, Failed) else REFUSED)
     except OSError as error:
@@ -125,14 +129,22 @@ def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Inte
 
 def _stopped(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Interrupts) -> int:
     """Say that a signal stopped the verb, and what is left of its work."""
+    kept = ""
+    if _goes_on(words, asked):
+        kept = f"; what was finished is kept, and {CONTINUES}"
+    elif words[:1] and words[0] in BEGUN:
+        kept = f" before any plan was run; {AGAIN}"
+    return fail(asked, f"stopped{kept}", STOPPED[heard.signal or signal.SIGINT])
+
+
+def _goes_on(words: Sequence[str], asked: argparse.Namespace) -> bool:
+    """Whether the same command would go on from what it has stored."""
     from sensitivity.study.storage.paths import is_study
 
-    kept, out = "", getattr(asked, "out", None)
-    if words[:1] and words[0] in CONTINUED:
-        kept = "; what was finished is kept, and the same command continues"
-        if words[0] in BEGUN and (out is None or not is_study(out)):
-            kept = " before any plan was run; the same command begins again"
-    return fail(asked, f"stopped{kept}", STOPPED[heard.signal or signal.SIGINT])
+    if not words or words[0] not in CONTINUED:
+        return False
+    out = getattr(asked, "out", None)
+    return words[0] not in BEGUN or (out is not None and is_study(out))
 
 
 def fail(args: argparse.Namespace, message: str, status: int, result: Mapping[str, object] = {}) -> int:

@@ -38,6 +38,10 @@ class Failed(UserError):
     """An operation that failed although the request was right, such as a verification, or writing to a full disk."""
 
 
+class NoSpace(Failed):
+    """A full disk; only the command line knows whether its verb goes on from what was stored before."""
+
+
 class Partly(UserError):
     """What of a request could not be met, where the rest was; `facts` is the rest's result, which --json prints."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sensitivity.spec.errors import Failed, UserError
+from sensitivity.spec.errors import Failed, NoSpace, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,9 +35,7 @@ def slug(name: str) -> str:
 def disk_error(target: Path, error: OSError) -> Failed:
     """The error for a file that could not be written or read, with what the user can do about a full disk."""
     if error.errno in NO_SPACE:
-        return Failed(
-            f"no space is left for {target}; what was finished is kept; free some space, and the same command continues"
-        )
+        return NoSpace(f"no space is left for {target}; free some space")
     return Failed(f"cannot use {target}: {error.strerror or type(error).__name__}")
 
 
@@ -198,12 +196,15 @@ def begin_folder(folder: Path) -> None:
 
 def mark_unfinished(folder: Path) -> None:
     """Mark a new folder as one that we are writing, so that leftovers of a kill or a full disk are known as ours."""
+    mark = folder / UNFINISHED
     try:
-        (folder / UNFINISHED).write_text(MARK, encoding="utf-8")
-    except OSError:
-        (folder / UNFINISHED).unlink(missing_ok=True)
+        mark.write_text(MARK, encoding="utf-8")
+    except OSError as error:
+        mark.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # only if it is empty
+        if error.errno in NO_SPACE:
+            raise disk_error(folder, error) from error
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,10 +20,13 @@ import pytest
 from forked import forked
 
 from sensitivity.analysis.allocate import kept_recommendation
+from sensitivity.analysis.reporting.figure_files import FigureFiles
 from sensitivity.analysis.reporting.table_rows import frontier_rows
+from sensitivity.api.attribution_file import save_attributions
 from sensitivity.cli import main as cli
 from sensitivity.cli.processes import workers
 from sensitivity.formats.table import CHECKS
+from sensitivity.spec.errors import NoSpace
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import size
@@ -580,3 +584,40 @@ def test_what_is_kept_is_said_only_where_something_is(
     assert run(capsys, line)[::2] == (130, "stopped before any plan was run; the same command begins again\n")
     Study.create(tmp_path / "run", planted.parts(), ["vqa"], {"model": "planted"})
     assert run(capsys, line)[::2] == (130, "stopped; what was finished is kept, and the same command continues\n")
+
+
+@pytest.mark.parametrize(
+    "verb", ["plan MODEL --bpw 3", "sweep MODEL", "explain MODEL", "export run --format fake", "recommend run"]
+)
+def test_a_full_disk_keeps_only_what_there_is(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(args: object) -> None:
+        raise NoSpace("no space is left for run/file; free some space")
+
+    name = verb.split()[0]
+    monkeypatch.setattr(f"sensitivity.cli.verbs.{name}.run", full)
+    line = verb.replace("MODEL", MODEL) + ("" if name == "recommend" else f" --out {tmp_path / 'run'}")
+    told = "error: no space is left for run/file; free some space, and the same command"
+    continues = f"{told} continues: what was finished is kept\n"
+    assert run(capsys, line)[::2] == (1, continues if name == "recommend" else f"{told} begins again\n")
+    Study.create(tmp_path / "run", planted.parts(), ["vqa"], {"model": "planted"})
+    kept = name in ("plan", "sweep", "recommend")
+    assert run(capsys, line)[::2] == (1, continues if kept else f"{told} begins again\n")
+
+
+def test_a_report_and_scores_on_a_full_disk_name_where_they_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leave no empty folder."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, name, full)
+    with pytest.raises(NoSpace, match=f"no space is left for {tmp_path / 'report'}; free some space"):
+        FigureFiles(tmp_path / "report").write(b"page")
+    with pytest.raises(
+        NoSpace, match=f"no space is left for {tmp_path / 'new' / 'why' / 'attributions.json'}; free some"
+    ):
+        save_attributions(tmp_path / "new" / "why", {})
+    assert not list(tmp_path.iterdir())

@@ -43,7 +43,7 @@ from sensitivity.models.loading import load
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.quantize.solvers.nearest import quantize_rtn as rtn_of
 from sensitivity.spec.components import ComponentMap, Weight
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import NoSpace, UserError
 from sensitivity.spec.files import begin_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
@@ -573,7 +573,7 @@ def test_a_full_disk_is_one_sentence(parts: ComponentMap, tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stream._Stream, "put", full)
-    with pytest.raises(UserError, match=r"cannot write .*out: No space left on device"):
+    with pytest.raises(NoSpace, match=r"no space is left for .*out; free some space$"):
         write(job(parts, {}, rtn(4)), tmp_path / "out", "fake")
     assert list(tmp_path.iterdir()) == []
 

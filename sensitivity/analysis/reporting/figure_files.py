@@ -11,7 +11,14 @@ from pathlib import Path
 
 from sensitivity.analysis.reporting.static_figures import DrawnFigure
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import csv_bytes, is_unfinished, mark_finished, mark_unfinished, write_atomically
+from sensitivity.spec.files import (
+    csv_bytes,
+    disk_error,
+    is_unfinished,
+    mark_finished,
+    mark_unfinished,
+    write_atomically,
+)
 
 LIST = re.compile(rb"<!-- files: (\{.*\}) -->\s*$")
 
@@ -31,7 +38,10 @@ class FigureFiles:
         """Write all figures and the page, which lists them; raise an error before where a file is not ours."""
         target = self.folder / "index.html"
         self.check(self.contents)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
         mark_unfinished(self.folder)
         for name, content in self.contents.items():
             write_atomically(self.folder / name, content)

@@ -13,7 +13,7 @@ import filelock
 
 from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import begin_folder, discard, is_unfinished, move_into_place, restore
+from sensitivity.spec.files import NO_SPACE, begin_folder, discard, disk_error, is_unfinished, move_into_place, restore
 
 NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, time; .old: the export that it replaces
 
@@ -41,6 +41,8 @@ def staging_folder(out: Path) -> Iterator[Path]:
             with _locked(out) if out.is_dir() else contextlib.nullcontext():
                 move_into_place(unfinished, out, why_foreign)
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise disk_error(out, error) from error
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         for folder in (made, unfinished):  # both names contain our process id and a time, so no other process uses them
