@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -17,6 +18,7 @@ from sensitivity.analysis.allocate.kept_recommendation import Proposed, best_of,
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
 from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.api.sweeping import SweepOptions, begin_sweep, path_for
 from sensitivity.measure.attribution.calibrated import Calibrated
@@ -44,9 +46,10 @@ MOST_PASSES = 4
 EXPECTED = "swing"  # the score from which the surrogate starts, where it was computed
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
-WORTH = 0.001  # share of full precision that a plan must be expected to gain in order to be measured
-ALL_BUT = 0.995  # a budget whose best measured plan keeps this share has little left to gain
-ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision gives a warning
+# in a search of more trials than the default: the gain, as a share of full precision, that is worth a measurement, and
+# the share from which on there is little left to gain
+WORTH, ALL_BUT = 0.001, 0.995
+ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
 MORE = 40  # trials that are advised where a plan loses more than that; beyond, a sweep is
 EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
 
@@ -90,8 +93,8 @@ def begin_plan(
     """Begin a search that measures at most `trials` plans.
 
     The best plans of each score come first, for the smallest budgets before others. Then the surrogate, which starts
-    from the scores and learns from measurements, proposes the plan with the largest expected gain over the best
-    measured one of its budget, as long as that is worth a measurement.
+    from the scores and learns from measurements, proposes plans as long as they gain; with more trials than the
+    default, also such as may gain.
     """
     openings = opening_plans(parts, request, scores)
 
@@ -102,9 +105,8 @@ def begin_plan(
         expected.save(study.path, combined(list(named.values())), ", ".join(named))
         # in this order neighboring plans share most of their forward passes
         first = sorted(openings[: trials - 1], key=data_flow_order)
-        return openings_then_proposals(
-            study, first, lambda now: proposal(now, replace(request, weights=weights_of(now))), trials
-        )
+        propose = partial(proposal, request=replace(request, weights=weights_of(study)), trials=trials)
+        return openings_then_proposals(study, first, propose, trials)
 
     options["runtime"] = request.runtime
     study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
@@ -124,31 +126,46 @@ def opening_plans(parts: ComponentMap, request: PlanRequest, scores: Sequence[At
     return tuple(plan for plan in dict.fromkeys(best) if not plan.is_native)
 
 
-def proposal(study: Study, request: PlanRequest) -> Iterator[Plan]:
+def proposal(study: Study, request: PlanRequest, trials: int) -> Iterator[Plan]:
     """Plans worth a measurement, the one with the largest expected gain over a budget's best measured plan first.
 
-    For each budget, the surrogate's best plan and plans near that one and the best measured ones: those gain most that
-    are predicted to be good, or of which little is known yet. Where nearly all of full precision is kept, no plan gains
-    much.
+    First the surrogate's best plan for each budget, by predicted gain. A gain below the standard error of one measured
+    score is left to the verification, which runs more examples. Where nothing gains and a budget's best plan still
+    loses much, scores and surrogate misjudge the model: then plans near the best ones are measured, whatever they gain.
+    With more trials than the default such plans are measured elsewhere, too, while one may gain: in ten that gained
+    nothing.
     """
+    thorough = trials > MAX_EVALUATIONS
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
+    total = sum(request.weights.values())
+    noise = sum(
+        weight / total * (observations_of(study, task).noise or 0.0) / (knapsack.full(task) or 1.0)
+        for task, weight in request.weights.items()
+    )
     gains: list[tuple[float, Plan, float]] = []
+    nearby: list[tuple[float, Plan, float]] = []
     for bpw, known in zip(request.bpw, kept_shares(study, request, knapsack), strict=True):
-        if max(known.values(), default=0.0) >= ALL_BUT:
+        most = max(known.values(), default=-1.0)
+        best = best_of(study, replace(request, top=1), bpw, knapsack)[0]
+        if (gain := mean_share(best.predicted, request.weights) - most) > noise:
+            gains.append((gain, best.plan, bpw))
+        misjudged = most < ENOUGH
+        if not known or (not misjudged and not (thorough and most < ALL_BUT)):
             continue
         near = plans_near(
             knapsack,
             budget_bits(study.parts, bpw),
             request.weights,
             known,
-            best_of(study, replace(request, top=1), bpw, knapsack)[0].plan,
+            None if misjudged else best.plan,
             _limits(study.parts, request),
             np.random.default_rng(len(study.measured())),
         )
-        gains += [(gain, plan, bpw) for gain, plan in near if gain > WORTH]
-    for _, plan, bpw in sorted(gains, key=lambda one: -one[0]):
-        if _fits(study.parts, plan, bpw, request):  # `plans_near` adds up sizes of parts, which is nearly exact
-            yield plan
+        nearby += [(gain, plan, bpw) for gain, plan in near if misjudged or gain > WORTH]
+    for found in (gains, nearby):
+        for _, plan, bpw in sorted(found, key=lambda one: -one[0]):
+            if _fits(study.parts, plan, bpw, request):  # `plans_near` adds up sizes of parts, which is nearly exact
+                yield plan
 
 
 def kept_shares(study: Study, request: PlanRequest, knapsack: Knapsack) -> list[dict[Plan, float]]:
@@ -236,11 +253,12 @@ def was_found(out: Path, request: PlanRequest) -> bool:
     return bool(saved) and all(one.measured and one.provenance.get("asked") == asked for one in saved)
 
 
-def goes_on(out: Path, request: PlanRequest) -> bool:
+def goes_on(out: Path, request: PlanRequest, trials: int) -> bool:
     """Whether the search that found a study's plans would measure further ones, had it trials left."""
     study = Study(out)
     known = {trial.key for trial in study.trials()}
-    return any(plan.key not in known for plan in proposal(study, replace(request, weights=weights_of(study))))
+    asked = replace(request, weights=weights_of(study))
+    return any(plan.key not in known for plan in proposal(study, asked, trials))
 
 
 def check_float_path(schemes: Sequence[Scheme], path: str | None) -> None:

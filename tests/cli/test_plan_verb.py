@@ -265,7 +265,7 @@ def test_a_forecast_of_a_plan_that_was_found_is_of_what_is_left(
     more, _ = run(capsys, f"{line.replace('--trials 2', '--trials 9')} --dry-run")
     assert more["plans"] == 0, "no further plan promises a gain"
     assert more["measured"] == made["plans_measured"] + verified
-    monkeypatch.setattr(planning, "proposal", lambda study, _: [Plan.uniform(study.parts, scheme("rtn", 7))])
+    monkeypatch.setattr(planning, "proposal", lambda study, *_: [Plan.uniform(study.parts, scheme("rtn", 7))])
     more, _ = run(capsys, f"{line.replace('--trials 2', '--trials 9')} --dry-run")
     assert more["plans"] == 7, "as many as there may be"
     forgetful, _ = run(capsys, f"{line.replace('-n 4', '-n 7')} --dry-run")

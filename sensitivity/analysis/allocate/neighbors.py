@@ -19,15 +19,17 @@ def plans_near(
     budget: int,
     weights: Mapping[str, float],
     known: Mapping[Plan, float],
-    predicted: Plan,
+    predicted: Plan | None,
     fits: Callable[[Plan], bool],
     draw: np.random.Generator,
 ) -> list[tuple[float, Plan]]:
     """Plans of at most so many bits near the best ones, and what each is expected to gain over all measured ones.
 
     known: the share of full precision that each measured plan within the budget keeps. predicted: the plan that is
-    predicted to be best, measured or not. weights: how much each task counts. A gain is a mean over scores drawn from
-    the surrogate's uncertainty, so that it is never negative: plans gain that are expected to be good, or may be.
+    predicted to be best, measured or not, whose neighbors are looked at, too; None where predictions have failed, and
+    a gain is one over what the best plan is believed to keep. weights: how much each task counts. A gain is a mean over
+    scores drawn from the surrogate's uncertainty, so that it is never negative: plans gain that are expected to be
+    good, or may be.
     """
     measured = sorted(known, key=lambda plan: -known[plan])
     total = sum(weights.values())
@@ -37,18 +39,21 @@ def plans_near(
         kept = [share * knapsack.models[task].predict(rows) for task, share in shares.items()]
         return np.asarray(np.sum(kept, axis=0))
 
-    around = knapsack.space.encode(list(dict.fromkeys([predicted, *measured[:NEAR]])))
+    first = [] if predicted is None else [predicted]
+    around = knapsack.space.encode(list(dict.fromkeys([*first, *measured[:NEAR]])))
     near = [changed_at_most_twice(knapsack, row, budget, expected) for row in around]
     rows = np.unique(np.concatenate(near), axis=0)
     best = rows[np.argsort(-expected(rows), kind="stable")][:COMPARED]
     plans = [plan for plan in map(knapsack.space.decode, best) if plan not in known and fits(plan)]
     if not plans:
         return []
-    index = knapsack.space.encode([*plans, *measured])
+    index = knapsack.space.encode(plans if predicted is None else [*plans, *measured])
     each = [share * knapsack.models[task].draws(index, draw, explore=True) for task, share in shares.items()]
     drawn = np.sum(each, axis=0)
-    # in each draw by itself, since what all plans of a draw have in common is no gain
-    kept = drawn[:, len(plans) :].max(axis=1, keepdims=True, initial=0.0)
+    kept = max(known.values(), default=0.0)
+    if predicted is not None:
+        # in each draw by itself, since what all plans of a draw have in common is no gain
+        kept = drawn[:, len(plans) :].max(axis=1, keepdims=True, initial=0.0)
     gains = np.maximum(drawn[:, : len(plans)] - kept, 0.0).mean(axis=0)
     return list(zip(gains.tolist(), plans, strict=True))
 

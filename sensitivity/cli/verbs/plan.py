@@ -195,7 +195,7 @@ def _forecast(
     most = verified if found else 1 + (args.top + 1) * len(request.bpw)
     measured = len(keys_of_measured(args.out, args.task, n, args.seed))
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
-    trials = measured if found and not goes_on(args.out, request) else max(args.trials, measured)
+    trials = measured if found and not goes_on(args.out, request, args.trials) else max(args.trials, measured)
     searched, left = (-(-count * n // args.n) for count in (trials, trials - measured))
     done = searched - left + min(verified, most)
     listed = plans(parts, requested, "random", searched + most, args.seed)
