@@ -132,8 +132,8 @@ def proposal(study: Study, request: PlanRequest, trials: int) -> Iterator[Plan]:
     First the surrogate's best plan for each budget, by predicted gain. A gain below the standard error of one measured
     score is left to the verification, which runs more examples. Where nothing gains and a budget's best plan still
     loses much, scores and surrogate misjudge the model: then plans near the best ones are measured, whatever they gain.
-    With more trials than the default such plans are measured elsewhere, too, while one may gain: in ten that gained
-    nothing.
+    With more trials than the default, such plans are measured for the other budgets, too, while one may gain (with ten,
+    that found no better plans).
     """
     thorough = trials > MAX_EVALUATIONS
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))

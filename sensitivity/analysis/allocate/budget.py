@@ -191,7 +191,7 @@ def _several_tasks(program: Program, weights: Mapping[str, float], budget: int, 
     The bound is made tight around the first plan that is found: of a loose one, thousands of nearly equal plans lie
     above the best score. The search ends when no remaining plan has a bound above the score of plan number `top` by
     more than TIE, and so is exact but for ties, although the program maximizes only a bound. It also ends after MOST
-    further plans: then hundreds lie closer to the best score than the bound is tight, within a thousandth of it.
+    further plans: then hundreds lie closer to the best score than the bound is tight (.0005 where that was seen).
     """
     knapsack = program.knapsack
     total = sum(weights.values())

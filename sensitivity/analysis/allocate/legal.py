@@ -87,8 +87,8 @@ class Legal:
 def legalize(study: Study, plan: Plan, runtime: str, bpw: float | None = None, task: str | None = None) -> Legal:
     """The plan itself if a runtime can load it, otherwise the best predicted one of at most its size, or of `bpw`.
 
-    Sizes are counted as in the runtime's files. Where those hold the plan's codes wider than they are, the best plan of
-    the same files is it that counts, since it may have widths that cost no more there.
+    Sizes are counted as in the runtime's files. Where those hold the plan's codes wider than they are, wider codes
+    cost no more there: then a plan of the same size that is predicted to score higher is preferred.
     """
     task = check_task(study, task)
     own, before = size(study.parts, plan), size(study.parts, plan, files_of(runtime))

@@ -25,11 +25,11 @@ def plans_near(
 ) -> list[tuple[float, Plan]]:
     """Plans of at most so many bits near the best ones, and what each is expected to gain over all measured ones.
 
-    known: the share of full precision that each measured plan within the budget keeps. predicted: the plan that is
-    predicted to be best, measured or not, whose neighbors are looked at, too; None where predictions have failed, and
-    a gain is one over what the best plan is believed to keep. weights: how much each task counts. A gain is a mean over
-    scores drawn from the surrogate's uncertainty, so that it is never negative: plans gain that are expected to be
-    good, or may be.
+    known: the share of full precision that each measured plan within the budget keeps, of which there is at least one.
+    predicted: the plan that is predicted to be best, measured or not, whose neighbors are looked at, too; None where
+    predictions have failed, and a gain is one over what the best plan is believed to keep. weights: how much each task
+    counts. A gain is a mean over scores drawn from the surrogate's uncertainty, so that it is never negative: plans
+    gain that are expected to be good, or may be.
     """
     measured = sorted(known, key=lambda plan: -known[plan])
     total = sum(weights.values())
@@ -50,10 +50,10 @@ def plans_near(
     index = knapsack.space.encode(plans if predicted is None else [*plans, *measured])
     each = [share * knapsack.models[task].draws(index, draw, explore=True) for task, share in shares.items()]
     drawn = np.sum(each, axis=0)
-    kept = max(known.values(), default=0.0)
+    kept = max(known.values())
     if predicted is not None:
         # in each draw by itself, since what all plans of a draw have in common is no gain
-        kept = drawn[:, len(plans) :].max(axis=1, keepdims=True, initial=0.0)
+        kept = drawn[:, len(plans) :].max(axis=1, keepdims=True)
     gains = np.maximum(drawn[:, : len(plans)] - kept, 0.0).mean(axis=0)
     return list(zip(gains.tolist(), plans, strict=True))
 

@@ -75,11 +75,6 @@ class RestoredPart:
         known = self.score(change)
         return known is not None and (known[0].plan.key == self.plan.key or known[1] >= change.before.score)
 
-    def is_wide_enough(self, change: Change) -> bool:
-        """Whether what was measured can stand for full precision: a part that fails at 4 bits may mend at 16."""
-        known = self.score(change)
-        return known is not None and ((scheme := known[0].plan[self.part]) is None or scheme.bits >= LIKE_FULL)
-
 
 def put_back(study: Study, plan: Plan) -> list[RestoredPart]:
     """Every quantized part of a plan with its bits put back, the part that is cheapest to store first."""
@@ -109,9 +104,13 @@ def cause(change: Change, parts: Sequence[RestoredPart]) -> Cause | None:
         return None
     for one in parts:
         known = one.score(change)
-        if known is not None and known[1] >= change.before.score:
-            return Cause(one.part, known[0].plan[one.part], known[0].bits)
-        if not one.is_wide_enough(change):
+        if known is None:
+            return None
+        width, score = known
+        scheme = width.plan[one.part]
+        if score >= change.before.score:
+            return Cause(one.part, scheme, width.bits)
+        if scheme is not None and scheme.bits < LIKE_FULL:  # it may mend the answer at more bits
             return None
     return Cause(None)
 
