@@ -119,7 +119,8 @@ def _run_queue(study: Study, shared: _SharedWork, more: Iterable[Plan], until: U
     """Run the plans in the queue, then those that `more` draws, one at a time."""
     yield from _run_until_empty(study, shared, until)
     for plan in more:
-        if until.reached(study):
+        # no error ends a search: plans that it has not drawn yet have no score
+        if until.out_of_time:
             return
         study.enqueue([plan])
         yield from _run_until_empty(study, shared, until)

@@ -44,11 +44,14 @@ class Until:
         """Whether the sweep may stop early, so that later examples go only to plans that still matter."""
         return self.seconds < math.inf or self.error > 0
 
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() - self.began >= self.seconds
+
     def reached(self, study: Study) -> bool:
         """Whether a condition is met; an error counts only once every plan has a score."""
-        if time.monotonic() - self.began >= self.seconds:
-            return True
-        return self.error > 0 and not study.unmeasured() and uncertainty(study) < self.error
+        return self.out_of_time or (self.error > 0 and not study.unmeasured() and uncertainty(study) < self.error)
 
 
 def _number(text: str, word: str) -> float:

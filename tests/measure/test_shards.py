@@ -176,6 +176,14 @@ def test_an_error_that_is_small_enough_ends_it_and_hopeless_plans_see_less(scene
     assert table.loc[Plan.uniform(parts, None).key, "vqa.n"] == seen.max()
 
 
+def test_no_error_ends_a_search_that_has_plans_left(scenes_llava: VLM, tmp_path: Path) -> None:
+    """Full precision alone is known exactly, which says nothing about plans that were not drawn yet."""
+    parts, plans = plans_for(scenes_llava, (2, 8))
+    drawn = iter(plans[:3])
+    study = sweep(scenes_llava, parts, lambda study: drawn, ["vqa"], tmp_path, n=10, until=["error<90%"])
+    assert {trial.plan for trial in study.measured()} == {Plan.uniform(parts, None), *plans[:3]}
+
+
 def test_a_tight_memory_budget_is_kept_and_changes_nothing(
     scenes_llava: VLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

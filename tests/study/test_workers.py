@@ -23,13 +23,26 @@ from sensitivity.study.storage.opening import close, open_storage
 from sensitivity.study.study import Study
 
 SWEEP = "sweep embedded:scenes-llava --bits 2,8 --method uniform --n 40 --json"
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """A test that fails half-way leaves a launcher, whose pipes would be the next test's warnings."""
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    started.clear()
 
 
 def start(out: Path, *words: str, sweep: str = SWEEP) -> subprocess.Popen[str]:
     if "--bits" in words:  # instead of the usual ones: no flag may be there twice
         sweep = sweep.replace("--bits 2,8 ", "")
     command = [sys.executable, "-m", "sensitivity", *sweep.split(), "--out", str(out), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return started[-1]
 
 
 def finished(process: subprocess.Popen[str]) -> dict[str, object]:
@@ -38,8 +51,8 @@ def finished(process: subprocess.Popen[str]) -> dict[str, object]:
     return json.loads(said)  # type: ignore[no-any-return]
 
 
-def eventually(happened: Callable[[], bool], seconds: float = 120) -> None:
-    began = time.monotonic()
+def eventually(happened: Callable[[], bool], seconds: float = 600) -> None:
+    began = time.monotonic()  # beside other busy processes Ray alone takes minutes to start
     while not happened():
         assert time.monotonic() - began < seconds, "it never happened"
         time.sleep(0.05)

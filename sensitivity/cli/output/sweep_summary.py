@@ -56,7 +56,10 @@ def _budget(study: Study) -> float:
 
 def _progress_words(counts: Mapping[str, object], out: Path) -> str:
     """How many plans are done, waiting and running, in words."""
-    words = [f"{counts['done']} plans in {out} have seen all examples"]
+    from sensitivity.study.counting import count
+
+    done = count(int(str(counts["done"])), "plan")
+    words = [f"{done} in {out} {'has' if counts['done'] == 1 else 'have'} seen all examples"]
     if counts["waiting"]:
         words.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
     if counts["running"]:

@@ -78,7 +78,8 @@ def _run_flags(p: argparse.ArgumentParser) -> None:
         metavar="WHEN",
         help="when to stop: complete (the default); a time such as 10min; or error<0.5%%, as soon as half the 95 %%"
         " interval of each frontier plan's difference to full precision is below 0.005. All plans get a first shard of"
-        " examples, then those that matter get more; the same command without it completes the sweep",
+        " examples, then those that matter get more; the same command without it completes the sweep. A search that"
+        " learns from scores, such as frontier, runs each plan on all examples: only a time ends it early",
     )
     p.add_argument(
         "--memory-gb",

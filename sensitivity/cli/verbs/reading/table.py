@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sensitivity.cli.arguments import flags, path_values
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 
 ABOUT = "write a study as a table for other programs, or as a folder from which others choose plans"
 PUSH = "hf upload OWNER/NAME {} --repo-type dataset"
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         folder.check(args.share, args.force)
         rows = folder.write(Study(args.study), args.share, args.examples)
         if not args.json:
-            print(f"{args.share}: {rows:,} rows and the study; to push it: {PUSH.format(args.share)}")
+            print(f"{args.share}: {rows:,} rows and the study; to push it: {PUSH.format(shell_word(args.share))}")
         return {"folder": str(args.share), "card": str(args.share / folder.CARD), "rows": rows}
     table_file.check(args.out, args.force)
     rows = table_file.write(Study(args.study), args.out, args.examples)
