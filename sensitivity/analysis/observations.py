@@ -124,7 +124,7 @@ def check_task(study: Study, task: str | None) -> str:
 def observations_of(study: Study, task: str | None = None, method: str | None = None) -> Observations:
     """The observations of one task; with `method`, only those of plans that use it alone, and of full precision."""
     task = check_task(study, task)
-    trials = study.measured()
+    trials = study.measurements()
     if not trials:
         raise UserError(f"no trial of {study.path} has a score yet; let `sensitivity sweep` run on")
     methods = [_method(trial.plan) for trial in trials]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
+from optuna.trial import TrialState
 
 from sensitivity.analysis.allocate.budget import Candidate, solve
 from sensitivity.analysis.allocate.kept_recommendation import budget_of, budgets_asked, files_for, moved_files, save
@@ -302,7 +303,7 @@ def _measured(study: Study, plan: Plan) -> tuple[TrialFacts, Path | None]:
     verification = paths.verification_folder(study.path)
     verified = [Study(verification)] if (verification / paths.JOURNAL).exists() else []
     for one in (*verified, study):
-        trials = {trial.key: trial for trial in one.trials()}
+        trials = {trial.key: trial for trial in one.measured() if trial.state == TrialState.COMPLETE}
         if trial := trials.get(plan.key):
             native = trials.get(study.native.key)
             facts: TrialFacts = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Required, TypedDict
+from typing import TYPE_CHECKING, Required, TypedDict, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,6 +44,7 @@ class TaskScore(TypedDict, total=False):
     low: float | None
     high: float | None
     nll: float | None  # mean over the examples that have one
+    repetitions: int  # of how many rows of an imported table it is the mean, where the plan has several
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,25 @@ def independent_difference(a: Score, b: Score) -> Score:
 def task_score(rows: pd.DataFrame) -> TaskScore:
     """A task's score from its examples, as a trial stores it."""
     nll = rows["nll"].dropna()
-    return {**summarize(rows["score"], rows["cluster"]).to_json(), "nll": float(nll.mean()) if len(nll) else None}
+    found = cast(TaskScore, summarize(rows["score"], rows["cluster"]).to_json())
+    return {**found, "nll": float(nll.mean()) if len(nll) else None}
+
+
+def mean_of_repetitions(scores: Sequence[TaskScore]) -> TaskScore:
+    """The score of a plan that was measured several times, with Student's interval over the repetitions.
+
+    Where all of them are equal, they are copies of one measurement and say nothing about its noise.
+    """
+    means = np.array([score["mean"] for score in scores])
+    mean, n = float(means.mean()), len(means)
+    found: TaskScore = {"mean": mean, "repetitions": n}
+    if np.ptp(means) <= ROUNDING:
+        return found
+    se = float(means.std(ddof=1)) / math.sqrt(n)
+    low, high = _student(mean, se, n)
+    if _is_share(means):
+        low, high = max(low, 0.0), min(high, 1.0)
+    return {**found, "se": se, "low": low, "high": high}
 
 
 def difference(ours: pd.DataFrame | None, theirs: pd.DataFrame | None, task: str) -> Score | None:

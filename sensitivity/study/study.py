@@ -28,7 +28,7 @@ from sensitivity.study.storage.opening import close, open_storage
 from sensitivity.study.storage.process_lock import held
 from sensitivity.study.stored_trials import StoredTrials
 from sensitivity.study.table import row
-from sensitivity.study.trial import ABANDONED, NATIVE, RunFacts, Trial, TrialReader, numbers_and_keys
+from sensitivity.study.trial import ABANDONED, NATIVE, RunFacts, Trial, TrialReader, numbers_and_keys, one_per_plan
 
 
 class Study:
@@ -179,7 +179,11 @@ class Study:
         return [trial for trial in self._trials.now() if trial.state == TrialState.COMPLETE]
 
     def measured(self) -> list[Trial]:
-        """Finished trials, and those that have scores from a part of their examples."""
+        """One trial for each plan that has scores, if only from a part of its examples, or means of repetitions."""
+        return one_per_plan(self.measurements())
+
+    def measurements(self) -> list[Trial]:
+        """All trials that have scores: where an imported table repeats a plan, each repetition is one."""
         return [trial for trial in self._trials.now() if trial.scores and trial.state not in ABANDONED]
 
     def unmeasured(self) -> set[str]:
@@ -190,7 +194,7 @@ class Study:
         """How many plans are done, waiting and running; `cached` reads the cache, which may lack changes by others."""
         trials = self._trials.cached() if cached else self._trials.now()
         states = {"done": TrialState.COMPLETE, "waiting": TrialState.WAITING, "running": TrialState.RUNNING}
-        return {name: sum(trial.state == state for trial in trials) for name, state in states.items()}
+        return {name: len({trial.key for trial in trials if trial.state == state}) for name, state in states.items()}
 
     def stopped(self) -> int:
         """How many running plans have lost their process, which ended on this machine; a sweep queues them again."""
@@ -213,7 +217,7 @@ class Study:
         return sum(seen), sum(left)
 
     def table(self) -> pd.DataFrame:
-        """One row per measured trial: bits per component, size, and per task the score and its interval (see `row`)."""
+        """One row per measured plan: bits per component, size, and per task the score and its interval (see `row`)."""
         native = self.examples(self.native)
         against_native = partial(self.difference_to_native, native), partial(self.counts_against_native, native)
         trials = self.measured()
@@ -274,7 +278,7 @@ class Study:
 
     def plan_named(self, wanted: str) -> Plan:
         """The one measured plan whose trial has this number, or whose key begins with this text."""
-        trials = self.measured()
+        trials = self.measurements()
         fitting = {trial.key: trial for trial in trials if trial.fits(wanted)}
         if len(fitting) != 1:
             what = f"several plans with the number or key '{wanted}'" if fitting else f"no measured plan '{wanted}'"

@@ -26,7 +26,8 @@ def row(
     number, key, plan (in words), uniform, native, complete (whether it has seen all examples); bits of each component;
     COMPONENT.activations and COMPONENT.cache where they are rounded; bytes, bpw, bpw_codes, cache_bits, and the format
     in whose files they are counted, if not as plans count them; seconds; for each task T: T, T.se, T.low, T.high, T.n,
-    T.n_images (by which T.se is clustered), T.nll; the paired difference to full precision as T.delta, T.delta.se,
+    T.n_images (by which T.se is clustered), T.nll; T.repetitions, of how many rows of an imported table T is the mean,
+    where it has several; the paired difference to full precision as T.delta, T.delta.se,
     T.delta.low, T.delta.high; counts of answers as T.to_wrong, T.to_right, T.empty, T.cut, T.malformed (see
     AnswerCounts); further metrics by name, such as T.BLEU-4; not_finite: how many examples scored 0 because their
     logits were NaN.
@@ -52,6 +53,8 @@ def row(
         columns |= {task: score["mean"], f"{task}.nll": score.get("nll")}
         columns |= {f"{task}.{name}": score.get(name) for name in ("se", "low", "high", "n")}
         columns |= {f"{task}.n_images": score.get("clusters")}
+        if "repetitions" in score:
+            columns[f"{task}.repetitions"] = score["repetitions"]
         columns |= {f"{task}.{name}": value for name, value in trial.metrics.get(task, {}).items()}
         if delta := difference(trial.plan, task, score.get("n")):
             columns |= {f"{task}.delta": delta.mean, f"{task}.delta.se": delta.se}

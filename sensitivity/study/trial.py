@@ -21,7 +21,7 @@ from sensitivity.spec.runtimes.rules import size_for
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import SizeJson
 from sensitivity.study.owner import Owner
-from sensitivity.study.scores import TaskScore
+from sensitivity.study.scores import TaskScore, mean_of_repetitions
 
 NATIVE = 16  # the 'bits' of a component at native precision, as an Optuna parameter and in tables
 REPAIR = "restore a copy of the study, or sweep into another --out"  # the end of messages about a damaged study
@@ -145,6 +145,21 @@ def finished(trial: Trial, distributions: Mapping[str, BaseDistribution]) -> Fro
 
 def _attributes(trial: Trial) -> dict[str, object]:
     return {"key": trial.key, "plan": trial.plan.to_json(), **_changes(Trial.of(trial.plan), trial)}
+
+
+def one_per_plan(trials: Iterable[Trial]) -> list[Trial]:
+    """One trial for each plan, the first: where an imported table repeats a plan, with the means of its scores."""
+    by_key: dict[str, list[Trial]] = {}
+    for trial in trials:
+        by_key.setdefault(trial.key, []).append(trial)
+    return [first if not others else _averaged(first, others) for first, *others in by_key.values()]
+
+
+def _averaged(first: Trial, others: Sequence[Trial]) -> Trial:
+    """The first of several trials of one plan, with the mean scores of all."""
+    every = [first, *others]
+    means = {task: mean_of_repetitions([trial.scores[task] for trial in every]) for task in first.scores}
+    return replace(first, scores=means)
 
 
 def numbers_and_keys(trials: Iterable[Trial]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pandas as pd
 import planted
 import pytest
@@ -14,9 +17,13 @@ from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.judging import judge, unmeasured
+from sensitivity.analysis.reporting.frontier_table import MAX_ROWS
+from sensitivity.analysis.reporting.page import report
 from sensitivity.api.explaining import Explanation
+from sensitivity.cli.main import main
 from sensitivity.cli.output.explained_tables import print_explanation
-from sensitivity.cli.output.tables import LONG_WORD, print_recommendation, print_table
+from sensitivity.cli.output.progress import best_so_far, frontier_lines
+from sensitivity.cli.output.tables import LONG_WORD, print_frontier, print_recommendation, print_table
 
 HEADS = ("what", "score", "difference", "plan")
 ROWS = (
@@ -118,3 +125,39 @@ def test_a_rest_of_vision_is_named_only_where_there_is_one(
     title = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Share by place"))
     assert said in title
     assert ("no patches" in title) == (vision != 4.0)
+
+
+def test_of_many_plans_on_the_frontier_some_of_all_sizes_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = np.array([*([2, 2, language] for language in range(2, 17)), *([2, c, 16] for c in range(3, 17))], float)
+    made = planted.study(tmp_path / "run", {"vqa": lambda bits: bits.sum(axis=1) / 48}, rows=rows)
+    every = made.table()["bpw"].tolist()
+    assert [trial.bpw for trial in best_so_far(made)] == every  # all are on it, more of them among the larger ones
+    for shown, left_out in (
+        (lambda: print_frontier(made), "12 of the frontier's 29 plans, spread over all sizes; `sensitivity watch "),
+        (lambda: print("\n".join(frontier_lines(made))), "8 of the frontier's 29 plans, spread over all sizes\n"),
+    ):
+        shown()
+        told = capsys.readouterr().out
+        assert left_out in told
+        sizes = [float(line.split()[0]) for line in told.splitlines() if re.match(r" *\d+\.\d\d ", line)]
+        assert len(sizes) == int(left_out.split()[0])
+        assert (sizes[0], sizes[-1]) == (round(every[0], 2), round(every[-1], 2))
+        steps = np.diff(np.log(sizes))
+        assert steps.max() < 1.6 * np.log(every[-1] / every[0]) / (len(sizes) - 1)
+    assert main(["watch", str(made.path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["frontier"]) == 29
+
+
+def test_a_report_says_which_plans_of_the_frontier_it_leaves_out(tmp_path: Path) -> None:
+    rows = np.array([[v, c, 16] for v in range(2, 7) for c in range(2, 13)], float)
+    made = planted.study(
+        tmp_path / "run", {"vqa": lambda bits: (1000 * bits[:, 0] + 100 * bits[:, 1]) / 2e4}, rows=rows
+    )
+    assert (plans := len(best_so_far(made))) > MAX_ROWS
+    page = report(made, tmp_path / "report").read_text()
+    assert f"{MAX_ROWS} of the frontier&#39;s {plans} plans, spread over all sizes" in page
+    table = page.split("The plans on the frontier of vqa")[1].split("</table>")[0]
+    assert table.count("<tr>") == MAX_ROWS + 1
+    assert f"<td>{min(made.table()['bpw']):.2f}</td>" in table

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import planted
 import pytest
+from scipy.special import stdtrit
 
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.importance.ranking import rank
@@ -42,17 +43,72 @@ def test_a_table_becomes_a_study(tmp_path: Path) -> None:
         write(tmp_path, frame), tmp_path / "run", ["cider", "meteor"], parts=COLUMNS, numel=numel, total=4000
     )
     assert (found.rows, found.used) == (135, 135)
-    assert "10 rows with the bits of an earlier one: kept as replicates" in found.notes
+    assert "10 rows with the bits of an earlier one: a plan's score is the mean of its rows" in found.notes
     study = Study(tmp_path / "run")
-    read = study.table()
-    assert len(read) == 135
+    assert len(study.trials()) == 135
+    read, frame = study.table(), table()
     np.testing.assert_allclose(read["cider"], frame["cider"])
+    assert read["cider.repetitions"].tolist()[:10] == [2] * 10
+    assert read["cider.repetitions"][10:].isna().all()
+    assert "cider.low" not in read or read["cider.low"].isna().all()  # copies of a row say nothing about its noise
     np.testing.assert_array_equal(read[["vision", "connector", "language"]], frame[["v", "c", "l"]])
     expected = (1000 * frame["v"] + 100 * frame["c"] + 2500 * frame["l"] + 400 * 16) / 4000
     np.testing.assert_allclose(read["bpw"], expected)
     assert study.parts.by == "part"
     assert rank(study, bootstraps=2).order[-1] == "connector"
     assert solve(study, bpw=5)[0].size.bpw <= 5
+
+
+def test_the_score_of_a_plan_is_the_mean_of_its_rows_wherever_it_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = table()[lambda rows: rows[list(COLUMNS)].isin([2, 4, 16]).all(axis=1)]
+    frame = pd.concat([few] * 5, ignore_index=True)
+    frame["cider"] += 0.05 * np.random.default_rng(0).standard_normal(len(frame))
+    out, numel = str(tmp_path / "run"), [f"--numel={name}=1000" for name in COLUMNS.values()]
+    line = ["import", str(write(tmp_path, frame)), "--score", "cider", "--out", out, *numel]
+    assert cli.main([*line, *(f"--part={column}={name}" for column, name in COLUMNS.items())]) == 0
+    told = capsys.readouterr().out
+    means = frame.groupby(list(COLUMNS))["cider"].agg(["mean", "sem"])
+    best = [tuple(map(int, frame.loc[i, list(COLUMNS)])) for i in _frontier(means["mean"], frame)]
+    half = means["sem"] * stdtrit(4, 0.975)
+
+    assert cli.main(["watch", out, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["done"] == len(means)
+    assert len(shown["frontier"]) == len(best)
+    for point, bits in zip(shown["frontier"], best, strict=True):
+        score = point["scores"]["cider"]
+        assert score["mean"] == pytest.approx(means["mean"][bits])
+        assert (score["low"], score["high"]) == pytest.approx((score["mean"] - half[bits], score["mean"] + half[bits]))
+        assert (score["n"], score["repetitions"]) == (None, 5)
+    page = report(Study(Path(out)), tmp_path / "report").read_text()
+    for bits in best:
+        cell = f"{means['mean'][bits]:.3f} [{means['mean'][bits] - half[bits]:.3f}, "
+        assert cell in told
+        assert re.search(rf"{re.escape(cell.strip())}&nbsp;[\d.]+\] \(mean of 5\)", page)
+    assert told.count("(mean of 5)") == len(best)
+    assert f"{len(frame)} trials" in page
+
+    assert cli.main(["recommend", out, "--bpw", "4"]) == 0
+    told = capsys.readouterr().out
+    plan = json.loads(Path(out, "plan.json").read_text())["plan"]
+    mean = means["mean"][tuple(plan[name]["bits"] if plan[name] else 16 for name in COLUMNS.values())]
+    assert re.search(rf"measured cider {mean:.3f} \[[\d., ]+\] \(mean of 5\)\.", told)
+    assert re.search(rf"\| cider \| {mean:.4f} \| .* \| 5 repetitions \|", Path(out, "plan.md").read_text())
+    written = trials(Study(Path(out)))
+    assert sorted(written["score"]) == pytest.approx(sorted(means["mean"]))
+    assert set(written["repetitions"]) == {5}
+    last = Study(Path(out)).trials()[-1]  # a repetition of a plan
+    assert Study(Path(out)).plan_named(str(last.number)) == last.plan
+
+
+def _frontier(means: pd.Series, frame: pd.DataFrame) -> list[int]:
+    """The first rows of the plans that no plan of at most their size beats, by brute force."""
+    first = frame.drop_duplicates(list(COLUMNS)).index
+    plans = [(i, sum(frame.loc[i, list(COLUMNS)]), means[tuple(frame.loc[i, list(COLUMNS)])]) for i in first]
+    kept = [one for one in plans if not any(o is not one and o[1] <= one[1] and o[2] >= one[2] for o in plans)]
+    return [i for i, *_ in sorted(kept, key=lambda one: one[1])]
 
 
 def test_the_form_with_switches(tmp_path: Path) -> None:

@@ -198,9 +198,11 @@ def _measured_before(study: Study, plan: Plan) -> str:
         found = next((trial for trial in one.measured() if trial.key == plan.key), None)
         if found is not None:
             scores = (
-                f"{task} {score['mean']:.3f}" + (f" [{low:.3f}, {score['high']:.3f}]" if low is not None else "")
+                f"{task} {score['mean']:.3f}"
+                + (f" [{low:.3f}, {score['high']:.3f}]" if low is not None else "")
+                + (f" (mean of {score['repetitions']})" if "repetitions" in score else "")
                 for task, score in found.scores.items()
-                for low in [score.get("low")]  # an imported table has only means
+                for low in [score.get("low")]  # an imported table has no intervals but those of repeated plans
             )
             return f"nothing was run now to check it; {where} measured {', '.join(scores)}"
     return "nothing was run to check it"

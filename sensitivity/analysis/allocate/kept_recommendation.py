@@ -146,7 +146,7 @@ def what_changed_since(study: Study, recommendations: Sequence[Recommendation]) 
     asked = recommendations[0].provenance.get("asked") if recommendations else None
     if asked is None or recommendations[0].provenance.get("read") in (None, digest(study)):
         return []
-    before, now = recommendations[0].provenance.get("trials", 0), len(study.measured())
+    before, now = recommendations[0].provenance.get("trials", 0), len(study.measurements())
     how = f"from {before:,} to {now:,} plans" if before != now else f"by further examples of its {now:,} plans"
     sentences = [
         f"The study has grown {how} since this was recommended; what is said of it here is what was found then."

@@ -225,7 +225,7 @@ def judged_by(weights: Mapping[str, float]) -> str:
 
 def provenance_of(study: Study) -> Provenance:
     """Where a plan came from: the study's metadata, and the trials that were read."""
-    trials, origin = study.measured(), origin_of(study.path)
+    trials, origin = study.measurements(), origin_of(study.path)
     return {
         **({} if origin is None else {"expected": origin}),
         "study": study.meta,
@@ -239,5 +239,5 @@ def provenance_of(study: Study) -> Provenance:
 
 def digest(study: Study) -> str:
     """A hash of the plans and scores of a study, which changes when the study grows."""
-    trials = sorted(json.dumps([trial.key, trial.scores], sort_keys=True) for trial in study.measured())
+    trials = sorted(json.dumps([trial.key, trial.scores], sort_keys=True) for trial in study.measurements())
     return hashlib.sha256("\n".join(trials).encode()).hexdigest()[:16]

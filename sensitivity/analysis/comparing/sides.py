@@ -47,7 +47,7 @@ def plan_of(study: Study, wanted: str) -> tuple[Study, Plan]:
     That is this one, or else that of its verification, whose plans are named by key alone.
     """
     fresh = paths.verification_folder(study.path)
-    if not any(trial.fits(wanted) for trial in study.measured()) and paths.is_study(fresh):
+    if not any(trial.fits(wanted) for trial in study.measurements()) and paths.is_study(fresh):
         verified = Study(fresh)
         keys = {trial.key for trial in verified.measured() if trial.key.startswith(wanted)}
         if len(keys) == 1:

@@ -21,7 +21,7 @@ LIBRARIES = ("numpy", "scipy", "pandas", "scikit-learn", "optuna")  # whose vers
 
 def file_of(study: Study, task: str, options: object) -> Path:
     """The file of a ranking, whose name is a hash of all that it depends on: trials, arguments and code."""
-    trials = [[t.state.name, t.key, t.size, t.scores, t.versions] for t in study.measured()]
+    trials = [[t.state.name, t.key, t.size, t.scores, t.versions] for t in study.measurements()]
     content = json.dumps([_code(), task, repr(options), study.parts.to_json(), trials], sort_keys=True, default=str)
     return paths.ranking_file(study.path, hashlib.sha256(content.encode()).hexdigest()[:24])
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sensitivity.analysis.reporting.table_rows import frontier_rows
+from sensitivity.analysis.reporting.table_rows import shown_of_frontier
+from sensitivity.study.study import Study
 
-MAX_ROWS = 12  # if more plans are on the frontier, the largest are shown
+MAX_ROWS = 40  # if more plans are on the frontier, so many are shown
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class FrontierRow:
     score: float
     low: float | None
     high: float | None
+    repetitions: int | None
     delta: float | None
     delta_low: float | None
     delta_high: float | None
@@ -31,9 +33,10 @@ class FrontierRow:
     malformed: int | None
 
 
-def largest_on_frontier(table: pd.DataFrame, task: str) -> list[FrontierRow]:
-    """The rows of a study's table that are on the frontier of a task, smallest first."""
-    return [_row(row, task) for row in frontier_rows(table, task).tail(MAX_ROWS).to_dict("records")]
+def rows_of_frontier(study: Study, table: pd.DataFrame, task: str) -> tuple[list[FrontierRow], str]:
+    """The rows of a study's table that are on a task's frontier, smallest first, and a sentence on those left out."""
+    shown, left_out = shown_of_frontier(study, table, task, MAX_ROWS)
+    return [_row(row, task) for row in shown.to_dict("records")], left_out
 
 
 def _row(row: dict[object, object], task: str) -> FrontierRow:
@@ -51,6 +54,7 @@ def _row(row: dict[object, object], task: str) -> FrontierRow:
     # full precision's difference to itself says nothing
     delta = (None, None, None) if row["native"] else (known("delta"), known("delta.low"), known("delta.high"))
     return FrontierRow(
-        str(row["key"])[:8], str(row["plan"]), float(bpw), float(score), known("low"), known("high"), *delta,
-        count("to_wrong"), count("to_right"), count("empty"), count("cut"), count("malformed"),
+        str(row["key"])[:8], str(row["plan"]), float(bpw), float(score), known("low"), known("high"),
+        count("repetitions"), *delta, count("to_wrong"), count("to_right"), count("empty"), count("cut"),
+        count("malformed"),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from sensitivity.analysis.observations import Observations, observations_of
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.environment import GENERATOR, rendered
 from sensitivity.analysis.reporting.figure_files import FigureFiles
-from sensitivity.analysis.reporting.frontier_table import FrontierRow, largest_on_frontier
+from sensitivity.analysis.reporting.frontier_table import FrontierRow, rows_of_frontier
 from sensitivity.analysis.reporting.interactive import pareto
 from sensitivity.analysis.reporting.static_figures import DrawnFigure, figures_of_task
 from sensitivity.analysis.reporting.time_and_memory import TimeAndMemory, time_and_memory_section
@@ -80,7 +80,7 @@ def report(
         model=study.parts.model,
         by=study.parts.by,
         sized=study.parts.sized,
-        trials=len(table),
+        trials=len(study.measurements()),
         format=study.format,
         tasks=tasks,
         meta=study.meta,
@@ -154,6 +154,7 @@ class TaskPage:
         default_factory=list
     )  # static figures, and their SVG for the page
     best: list[FrontierRow] = field(default_factory=list)  # plans on the frontier
+    left_out: str = ""  # a sentence on those that are not shown
     budgets: list[Candidate] = field(default_factory=list)
 
     @property
@@ -181,7 +182,7 @@ def _task_page(
     observations: Observations | None = None
     try:
         observations = observations_of(study, task)
-        resamples = bootstraps if len(table) <= MANY_TRIALS else max(1, bootstraps // 2)
+        resamples = bootstraps if len(observations) <= MANY_TRIALS else max(1, bootstraps // 2)
         page.ranking = rankings.get(task) or cached(study, task) or rank(study, task, bootstraps=resamples)
         page.near, page.methods = _near(study, observations), _methods(study, observations)
         page.tau = sentences.agreement(page.ranking)
@@ -198,7 +199,7 @@ def _task_page(
     # sizes in the figure are counted as those of the study, so that a recommended plan compares with all others
     page.pareto = pareto(rows, task, full, [replace(one, size=study.size(one.plan)) for one in recommendations])
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
-    page.best = largest_on_frontier(rows, task)
+    page.best, page.left_out = rows_of_frontier(study, rows, task)
     page.budgets = _budgets(study, task)
     return page
 

@@ -6,13 +6,25 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sensitivity.study.racing import frontier
+from sensitivity.spec.errors import shell_word
+from sensitivity.study.racing import frontier, spread
+from sensitivity.study.study import Study
 
 
 def frontier_rows(table: pd.DataFrame, task: str, column: str = "bpw") -> pd.DataFrame:
     """The rows on the frontier of a task's score against size, or another cost, smallest first."""
     rows = table[table[task].notna() & table[column].notna()]
     return rows.iloc[frontier(rows[column], rows[task])]
+
+
+def shown_of_frontier(study: Study, table: pd.DataFrame, task: str, most: int) -> tuple[pd.DataFrame, str]:
+    """At most so many rows of a task's frontier, spread over all sizes, and a sentence on those left out, if any."""
+    every = frontier_rows(table, task)
+    shown = every.iloc[spread(every["bpw"].tolist(), most)]
+    if len(shown) == len(every):
+        return shown, ""
+    listed = f"`sensitivity watch {shell_word(study.path)} --json`"
+    return shown, f"{len(shown)} of the frontier's {len(every):,} plans, spread over all sizes; {listed} lists all"
 
 
 def quantized(table: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from sensitivity.cli.output.ticker import Ticker
 from sensitivity.spec import stage
@@ -173,12 +173,13 @@ def _print_json(step: Step, images: int, seconds: float, study: Study | None, pl
 
 
 class ScorePoint(TypedDict):
-    """A mean score, its 95 % interval and the number of examples."""
+    """A mean score, its 95 % interval and the number of examples, or of the rows of an imported table."""
 
     mean: float
     low: float | None
     high: float | None
     n: int | None
+    repetitions: NotRequired[int]
 
 
 class ShownPlan(TypedDict):
@@ -208,20 +209,26 @@ def best_so_far(study: Study) -> list[Trial]:
 
 def frontier_lines(study: Study, most: int = 8) -> list[str]:
     """The frontier so far, one line per plan: size, score with its interval, number of examples."""
-    lines = []
-    for trial in best_so_far(study)[-most:]:
+    from sensitivity.study.racing import spread
+
+    lines, best = [], best_so_far(study)
+    shown = spread([trial.bpw for trial in best], most)
+    for trial in (best[i] for i in shown):
         point = _point(trial)
         score = point["scores"][study.tasks[0]]
         ends = score["low"], score["high"], score["n"]
         span = "" if None in ends else " [{:.3f}, {:.3f}] n {}".format(*ends)
         lines.append(f"{point['bpw']:5.2f} bpw  {score['mean']:.3f}{span}  {point['plan']}")
+    if len(shown) < len(best):
+        lines.append(f"{len(shown)} of the frontier's {len(best):,} plans, spread over all sizes")
     return lines
 
 
 def _point(trial: Trial) -> ShownPlan:
     """A trial as JSON values: size, plan, scores with intervals."""
-    scores = {
-        task: ScorePoint(mean=score["mean"], low=score.get("low"), high=score.get("high"), n=score.get("n"))
-        for task, score in trial.scores.items()
-    }
+    scores: dict[str, ScorePoint] = {}
+    for task, score in trial.scores.items():
+        scores[task] = ScorePoint(mean=score["mean"], low=score.get("low"), high=score.get("high"), n=score.get("n"))
+        if "repetitions" in score:
+            scores[task]["repetitions"] = score["repetitions"]
     return {"bpw": round(trial.bpw, 4), "key": trial.key, "plan": trial.plan.describe(), "scores": scores}

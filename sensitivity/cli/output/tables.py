@@ -84,11 +84,11 @@ def _widths(rows: Sequence[Sequence[str]], room: int) -> list[int] | None:
 
 
 def print_frontier(study: Study, most: int = 12) -> None:
-    """Print the plans that no smaller plan beats on the first task."""
-    from sensitivity.analysis.reporting.table_rows import frontier_rows
+    """Print the plans that no smaller plan beats on the first task; of many, some over all sizes."""
+    from sensitivity.analysis.reporting.table_rows import shown_of_frontier
 
     rows = study.table()
-    best = frontier_rows(rows, study.tasks[0]).tail(most)
+    best, left_out = shown_of_frontier(study, rows, study.tasks[0], most)
     stored = f" as {study.format} stores it" if study.format else ""
     print_table(
         f"Frontier: no smaller plan{stored} scores higher on {study.tasks[0]} (95 % intervals where they are known"
@@ -99,6 +99,8 @@ def print_frontier(study: Study, most: int = 12) -> None:
             for _, row in best.iterrows()
         ],
     )
+    if left_out:
+        print(left_out)
     print_answer_counts(
         {
             f"{row['key'][:KEY_LENGTH]} {row['plan']}": [
@@ -240,8 +242,10 @@ def print_runtime_costs(plan: Plan, parts: ComponentMap, times: LayerTimes, limi
 
 
 def _interval(row: pd.Series, task: str) -> str:
-    low, high = row.get(f"{task}.low"), row.get(f"{task}.high")
-    if low is None or low != low:  # NaN: an imported table has only means
-        return f"{row[task]:.3f}"
+    low, high, repeated = (row.get(f"{task}.{name}") for name in ("low", "high", "repetitions"))
     seen = "" if row["complete"] else f" (n {row[f'{task}.n']:.0f})"
+    if repeated is not None and repeated == repeated:  # NaN: another plan is repeated
+        seen = f" (mean of {repeated:.0f})"
+    if low is None or low != low:  # NaN: an imported table has intervals of repeated plans alone
+        return f"{row[task]:.3f}{seen}"
     return f"{row[task]:.3f} [{low:.3f}, {high:.3f}]{seen}"

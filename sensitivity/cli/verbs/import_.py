@@ -29,7 +29,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "table",
         type=path_values.path,
         metavar="TABLE.csv",
-        help="one row per trial; repeated plans stay separate trials",
+        help="one row per trial; the score of a plan with several rows is their mean",
     )
     for flag, (metavar, about) in PAIRS.items():
         kind = values.pair_of(values.count) if flag == "--numel" else values.pair

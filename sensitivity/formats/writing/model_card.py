@@ -166,7 +166,8 @@ def _scores(facts: TrialFacts) -> Iterator[str]:
         native = "–" if full is None else f"{full['mean']:.4f}"
         counted = next((row for row in facts.get("answers", ()) if row["task"] == task and row["kind"] is None), {})
         counts = " | ".join("–" if counted.get(name) is None else str(counted[name]) for name in COUNTED)
-        yield f"| {escaped(task)} | {score['mean']:.4f} | {interval} | {score.get('n', '–')} | {native} | {counts} |"
+        n = score.get("n", f"{score['repetitions']} repetitions" if "repetitions" in score else "–")
+        yield f"| {escaped(task)} | {score['mean']:.4f} | {interval} | {n} | {native} | {counts} |"
     yield from ("", *_changes(facts))
     if gain := facts.get("path_gain"):
         yield from (

@@ -22,7 +22,7 @@ from sensitivity.study.trial import NATIVE
 RESERVED = {"number", "key", "plan", "uniform", "native", "complete", "bytes", "bpw", "bpw_codes", "format", "seconds"}
 RESERVED |= {"not_finite"}
 # suffixes of a task's columns in the study's own table
-SCORE_SUFFIXES = ("nll", "se", "low", "high", "n", "delta", "delta.se", "delta.low", "delta.high")
+SCORE_SUFFIXES = ("nll", "se", "low", "high", "n", "repetitions", "delta", "delta.se", "delta.low", "delta.high")
 LARGEST_SCORE = 1e9
 
 
@@ -192,5 +192,7 @@ def remarks(bits: pd.DataFrame) -> list[str]:
     notes = [f"{name} has the same bits in every row: nothing can be said about it" for name in constant]
     repeated = int(bits.duplicated().sum())
     if repeated:
-        notes.append(f"{count(repeated, 'row')} with the bits of an earlier one: kept as replicates")
+        notes.append(
+            f"{count(repeated, 'row')} with the bits of an earlier one: a plan's score is the mean of its rows"
+        )
     return notes

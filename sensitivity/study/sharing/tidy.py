@@ -13,7 +13,7 @@ from sensitivity.study.study import Study
 
 # the columns of a task T in a study's table, without their prefix `T.`
 SCORES = (
-    "se", "low", "high", "n", "n_images", "nll", "delta", "delta.se", "delta.low", "delta.high",
+    "se", "low", "high", "n", "n_images", "repetitions", "nll", "delta", "delta.se", "delta.low", "delta.high",
     "to_wrong", "to_right", "empty", "cut", "malformed",
 )  # fmt: skip
 PLAN_COLUMNS = ("key", "plan", "uniform", "native", "complete")
@@ -41,6 +41,7 @@ MEANINGS = {
     "high": "upper end of the 95 % interval",
     "n": "number of examples",
     "n_images": "number of images that they are on, by which the standard error is clustered",
+    "repetitions": "of how many rows of an imported table the score is the mean, where the plan has several",
     "nll": "negative log-likelihood per token of the right answer",
     "delta": "difference to full precision, paired on the same examples",
     "delta.se": "its standard error",
