@@ -1,4 +1,4 @@
-"""Weights that were quantized before they were stored: an export in 16 bits, which looks like any model."""
+"""Weights that were quantized before they were stored: a `fake` export, which looks like any model."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ def discover(
     by: str = "group.kind",
     native_bits: int = 16,
     include: Collection[str] = (),
+    other_bits: Mapping[str, int] | None = None,
 ) -> ComponentMap:
     """Sort every parameter of a model into a component, or keep it for a reason; the model may be on the meta device.
 
@@ -74,7 +75,9 @@ def discover(
     check(weights, kept, {path: parameter.numel() for path, parameter in model.named_parameters()})
     unread = tuple(path for path, _ in model.named_parameters() if any(inside(path, b) for b in _behind(model, tower)))
     named = name or type(model).__name__
-    return ComponentMap(named, "group.kind", tuple(weights), tuple(kept), native_bits, unread=unread).regroup(by)
+    return ComponentMap(
+        named, "group.kind", tuple(weights), tuple(kept), native_bits, unread=unread, other_bits=other_bits or {}
+    ).regroup(by)
 
 
 def _behind(model: nn.Module, blocks: Sequence[str]) -> Sequence[str]:
@@ -302,4 +305,4 @@ def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = (
     if isinstance(vlm, str):
         vlm = load(vlm, config_only=True)
     check_is("vlm", vlm, VLM)
-    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits, include)
+    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits, include, vlm.other_bits)

@@ -30,7 +30,7 @@ from sensitivity.models.original_llava import (
 )
 from sensitivity.models.outliers import NOTE, plant_outliers
 from sensitivity.models.processors import load_processor
-from sensitivity.models.tensor_check import check_none, check_tensors, first_names
+from sensitivity.models.tensor_check import Shape, check_none, check_tensors, first_names, other_widths
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason, unknown
 
@@ -82,6 +82,7 @@ def load(
     # outliers are planted in float32 and rounded afterwards, which changes the model's function least
     loaded_dtype = torch.float32 if with_outliers else torch_dtype
     model: nn.Module
+    stored: Mapping[str, tuple[torch.dtype, Shape]] = {}
     with quiet():
         config, architecture = _config(folder, name, raw)
         # an export may ask transformers to unpack its weights in 16 bits; `_unpack` does so in the requested dtype
@@ -97,7 +98,7 @@ def load(
             processor = original_processor(folder, name, config)
         else:
             if not quantized:
-                _check_files(architecture, config, files, name)
+                stored = _check_files(architecture, config, files, name)
             model = _with_weights(architecture, config, folder, name, loaded_dtype, torch_device)
             processor = load_processor(folder, name, config)
     if quantized and not config_only:
@@ -107,6 +108,7 @@ def load(
         model = model.to(torch_dtype or torch.float16)
     model = model.eval().requires_grad_(False)
     exported = quantized_before(folder)
+    native_bits = common_width(files) or _config_bits(config)
     note = NOTE if with_outliers else _note_on_dead_blocks(config)
     return VLM(
         name=name,
@@ -114,7 +116,8 @@ def load(
         processor=processor,
         family=with_geochat_label(raw, family_of(model)) if original else family_of(model),
         fingerprint=fingerprint(raw, files, NOTE if with_outliers else None),
-        native_bits=common_width(files) or _config_bits(config),
+        native_bits=native_bits,
+        other_bits=other_widths(model, stored, native_bits),
         note="; ".join(filter(None, [note, exported])) or None,
         quantized_before=exported,
     )
@@ -175,10 +178,11 @@ def _meta_model(architecture: type[PreTrainedModel], config: PreTrainedConfig, n
 
 def _check_files(
     architecture: type[PreTrainedModel], config: PreTrainedConfig, files: Sequence[Path], name: str
-) -> None:
-    """Refuse weight files that do not fit the model, by their headers alone: before they fill memory."""
+) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Refuse weight files that do not fit the model, by their headers alone, before they fill memory; returns these."""
     stored = {key: (one.dtype, one.shape) for file in files for key, one in header(file).items()}
     check_tensors(_meta_model(architecture, config, name), stored, name)
+    return stored
 
 
 def _with_weights(

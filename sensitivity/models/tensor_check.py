@@ -63,6 +63,17 @@ def check_tensors(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, S
         )
 
 
+def other_widths(skeleton: nn.Module, stored: Mapping[str, tuple[torch.dtype, Shape]], usual: int) -> dict[str, int]:
+    """Parameter -> the bits in which a checkpoint stores it, where they are others than usual."""
+    if {8 * dtype.itemsize for dtype, _ in stored.values()} <= {usual}:
+        return {}
+    rename, every = renaming(skeleton), dict(skeleton.named_parameters(remove_duplicate=False))
+    names = {id(parameter): path for path, parameter in skeleton.named_parameters()}
+    known = ((rename(key)[0], dtype) for key, (dtype, _) in stored.items())
+    widths = {names[id(every[path])]: 8 * dtype.itemsize for path, dtype in known if path in every}
+    return {path: width for path, width in widths.items() if width != usual}
+
+
 def check_none(model: nn.Module, name: str, problem: str, keys: Iterable[str]) -> None:
     """Raise an error that names the missing, unknown or misshapen tensors, if there are any."""
     if ordered := sorted(keys, key=natural_order):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,9 +29,10 @@ class VLM:
     processor: Any  # of transformers; None where the folder has none
     family: Family
     fingerprint: str
-    native_bits: int  # per weight, as stored in the checkpoint
+    native_bits: int  # per weight, as the checkpoint stores most of them
     transformers: str = transformers.__version__  # the version that loaded it
     note: str | None = None  # what a reader of its scores must know
+    other_bits: Mapping[str, int] = field(default_factory=dict)  # of parameters that it stores in others
     quantized_before: str | None = None  # a sentence, a part of `note`, if an export's weights were loaded
 
     @property

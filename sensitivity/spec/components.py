@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -188,10 +188,12 @@ class ComponentMap:
     by: str
     weights: tuple[Weight, ...]
     kept: tuple[Kept, ...]
-    native_bits: int = 16  # bits per weight of the checkpoint, for everything that is not quantized
+    native_bits: int = 16  # bits of most weights in the checkpoint, for everything that is not quantized
     sized: bool = True  # False where no sizes are known, as in a table without them: all components then count alike
     shaped: bool = True  # False where weights stand for components of a table, which says nothing of their shapes
     unread: tuple[str, ...] = ()  # parameters of vision blocks behind the layer whose output the model takes
+    # bits per weight of the parameters that the checkpoint stores in others than `native_bits`
+    other_bits: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """The names of its components: all weights would fill pages."""
@@ -211,6 +213,10 @@ class ComponentMap:
     def names(self) -> tuple[str, ...]:
         """The names of the components in the order of data flow."""
         return tuple(component.name for component in self.components)
+
+    def native_bits_of(self, name: str) -> int:
+        """Bits per weight in which the checkpoint stores a parameter."""
+        return self.other_bits.get(name, self.native_bits)
 
     @cached_property
     def never_read(self) -> frozenset[str]:
@@ -246,8 +252,8 @@ class ComponentMap:
         return matching
 
     def to_json(self) -> dict[str, object]:
-        """All fields as JSON values; `sized`, `shaped` and `unread` only where they are not as usual."""
-        usual = {"sized": True, "shaped": True, "unread": ()}
+        """All fields as JSON values; the last ones only where they are not as usual."""
+        usual = {"sized": True, "shaped": True, "unread": (), "other_bits": {}}
         return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
     @classmethod
@@ -262,6 +268,7 @@ class ComponentMap:
             sized=data.get("sized", True),
             shaped=data.get("shaped", True),
             unread=tuple(data.get("unread", ())),
+            other_bits=data.get("other_bits", {}),
         )
 
 

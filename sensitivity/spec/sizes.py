@@ -85,10 +85,10 @@ def bytes_in_words(count: float) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
-def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format: str | None = None) -> int:
+def weight_bits(parts: ComponentMap, scheme: Scheme | None, weight: Weight, format: str | None = None) -> int:
     """All bits of one weight, as its method counts them or as a format stores them."""
     if scheme is None or scheme.method == KEEP:
-        return native_bits * weight.numel
+        return parts.native_bits_of(weight.name) * weight.numel
     scheme = scheme_of(weight, scheme)
     if format in FILES:
         return FILES[format](scheme, weight.rows, weight.cols)
@@ -97,7 +97,7 @@ def weight_bits(scheme: Scheme | None, weight: Weight, native_bits: int, format:
     overhead = OVERHEAD[scheme.method]
     stored = scheme.bits * weight.numel + overhead(scheme, weight.rows, weight.cols)
     if weight.bias and scheme.get("biases"):  # the bias is counted as a kept weight: add the difference
-        stored += (scheme.bits - native_bits) * weight.rows + overhead(scheme, 1, weight.rows)
+        stored += (scheme.bits - parts.native_bits_of(weight.bias)) * weight.rows + overhead(scheme, 1, weight.rows)
     return stored
 
 
@@ -105,7 +105,7 @@ def component_bits(parts: ComponentMap, name: str, scheme: Scheme | None, format
     """All bits of one component; of one without shapes its codes alone: scales are counted by rows and columns."""
     format = format if parts.shaped else None
     weights = [w for w in parts[name].weights if not _is_left_out(parts, w.name, format)]
-    stored = sum(weight_bits(scheme, w, parts.native_bits, format) for w in weights)
+    stored = sum(weight_bits(parts, scheme, w, format) for w in weights)
     if not parts.shaped:  # counted all the same: a scheme that its method cannot store is an error
         return parts[name].numel * (parts.native_bits if scheme is None or scheme.method == KEEP else scheme.bits)
     if scheme is not None and scheme.method in SHARED and format not in FILES:
@@ -124,7 +124,7 @@ def bits_of(parts: ComponentMap, plan: Plan, names: Collection[str], format: str
         for w in c.weights
         if w.name in names and not _is_left_out(parts, w.name, format)
     )
-    return kept + sum(weight_bits(scheme, w, parts.native_bits, format) for scheme, w in weights)
+    return kept + sum(weight_bits(parts, scheme, w, format) for scheme, w in weights)
 
 
 def kept_bits(parts: ComponentMap, format: str | None = None) -> int:
@@ -140,7 +140,7 @@ def _kept_width(parts: ComponentMap, kept: Kept, format: str | None) -> int:
     """
     if _is_left_out(parts, kept.name, format) or (format == "gguf" and GGUF_UNREAD.match(kept.name)):
         return 0
-    return 32 if format == "gguf" and kept.reason not in GGUF_MATRICES else parts.native_bits
+    return 32 if format == "gguf" and kept.reason not in GGUF_MATRICES else parts.native_bits_of(kept.name)
 
 
 def _is_left_out(parts: ComponentMap, name: str, format: str | None) -> bool:

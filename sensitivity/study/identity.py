@@ -22,6 +22,7 @@ from sensitivity.study.trial import REPAIR
 
 NAME = "sensitivity"  # of the study in Optuna's storage
 RUNTIME = "runtime"  # attribute of a study: the runtime that its plans are for, whose files their sizes count
+LATER = ("unread", "other_bits")  # fields of components that earlier versions did not store
 DISCARDED = "again"  # attribute of a study: numbers of trials whose answers were lost and whose plans are run again
 
 
@@ -77,15 +78,17 @@ def store_or_compare(
             stored = study.user_attrs.get(name)
             if stored is None:
                 study.set_user_attr(name, value)
-            elif stored != value and stored != _as_before(value):
+            elif stored != value and stored != _as_before(value, stored):
                 raise another_study(path, _first_difference(name, stored, value))
         if runtime not in (None, study.user_attrs.get(RUNTIME)):
             study.set_user_attr(RUNTIME, runtime)
 
 
-def _as_before(value: object) -> object:
-    """What versions stored that did not know of parameters that a model never reads."""
-    return {name: one for name, one in value.items() if name != "unread"} if isinstance(value, dict) else value
+def _as_before(value: object, stored: object) -> object:
+    """What versions stored that did not know of parameters that a model never reads, or of several widths."""
+    if not (isinstance(value, dict) and isinstance(stored, dict)):
+        return value
+    return {name: one for name, one in value.items() if name not in LATER or name in stored}
 
 
 def another_study(path: Path, why: str) -> UserError:

@@ -24,6 +24,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from sensitivity.formats.checkpoints.awq import ORDER, _words
@@ -51,6 +52,7 @@ from sensitivity.spec.runtimes.headers import header_bytes
 from sensitivity.spec.runtimes.table import RUNTIMES
 from sensitivity.spec.schema import schema_of as schema_of
 from sensitivity.spec.sizes import component_bits, size
+from sensitivity.study.study import Study
 
 EMBEDDED = "embedded:scenes-llava"
 
@@ -294,6 +296,37 @@ def test_predicted_bytes_are_written_bytes(wide: Path, tmp_path: Path, format: s
         assert (found["bytes"], found["bpw"]) == (promised.bytes, pytest.approx(promised.bpw))
         assert (tmp_path / "out" / "model.safetensors").stat().st_size == found["bytes"] + found["headers"]
         assert found["headers"] <= header_bytes(parts, format)  # what a budget in GB leaves for them
+
+
+@pytest.mark.parametrize("format", ["fake", "compressed-tensors"])
+def test_a_checkpoint_of_two_widths_weighs_what_was_promised(shape: Path, tmp_path: Path, format: str) -> None:
+    """Of norms, biases and the connector in 32 bits, and the rest in 16; and what is exported of that again."""
+    folder = Path(shutil.copytree(shape, tmp_path / "two"))
+    narrow = inspect(load(str(folder)), by="part")
+    wide = {one.name for one in (*narrow.kept, *narrow["connector"].weights) if "embed" not in one.name}
+    tensors = {
+        one.key: one.read().float() if one.parameter in wide else one.read()
+        for one in open_checkpoint(str(folder)).tensors
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    parts = inspect(load(str(folder)), by="part")
+    assert set(parts.other_bits) == wide
+    asked = job(parts, {"vision": rtn(8), "language": rtn(4, biases=True) if format == "fake" else rtn(4)})
+    write(asked, tmp_path / "out", format)
+    found = written(tmp_path / "out")
+    assert (
+        found["written"]["bytes"]
+        == found["predicted_size"]["bytes"]
+        == size(parts, asked.plan, asked.stored_as(format)).bytes
+    )
+    # a study of an earlier version, which did not know of the second width, is continued
+    Study.create(tmp_path / "study", replace(parts, other_bits={}), ["vqa"], {"model": "x"})
+    assert Study.create(tmp_path / "study", parts, ["vqa"], {"model": "x"}).parts.other_bits == {}
+    assert ComponentMap.from_json(parts.to_json()).other_bits == parts.other_bits
+    if format == "fake":  # which stores quantized weights in 32 bits: a plan weighs the same as before
+        assert json.loads((tmp_path / "out" / "config.json").read_bytes())["dtype"] == "float32"
+        again = inspect(load(str(tmp_path / "out")), by="part")
+        assert size(again, asked.plan).bits == size(parts, asked.plan).bits
 
 
 def test_numbers_weigh_what_was_promised(parts: ComponentMap, tmp_path: Path) -> None:

@@ -92,12 +92,14 @@ def show(path: Path, known: Manifest | None) -> None:
         print(path_gain_sentences(gain))
     planned, predicted = known["size"], known["predicted_size"]
     if written := known.get("written"):
+        # `fake` stores values, whose dtype may be wider than the model's
+        stored_as = f"fake, in {known['dtype']}" if known["format"] == "fake" else known["format"]
         print_table(
             "Size",
             ("", "bytes of tensors", "bpw, all stored"),
             [
                 ("the plan", f"{planned['bytes']:,}", f"{planned['bpw']:.3f}"),
-                (f"predicted for {known['format']}", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
+                (f"predicted for {stored_as}", f"{predicted['bytes']:,}", f"{predicted['bpw']:.3f}"),
                 ("written", f"{written['bytes']:,}", f"{written['bpw']:.3f}"),
             ],
         )

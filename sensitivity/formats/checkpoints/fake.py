@@ -1,4 +1,4 @@
-"""fake: a full-precision checkpoint that holds the dequantized values of the quantized weights."""
+"""fake: a checkpoint that holds the dequantized values of the quantized weights, in the dtype of the study."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ def write(job: Job, folder: Path) -> Written:
 
     It is for comparisons, and for methods whose codes no other format can hold.
     """
-    weight, hashes = write_checkpoint(job, folder, None, {})
+    # loaded in a narrower dtype than this, such as the checkpoint's own, the values would be rounded a second time
+    weight, hashes = write_checkpoint(job, folder, None, {"dtype": job.dtype_name})
     return Written(
         load=LOAD.format(dtype=job.dtype_name),
         bytes=weight,
         hashes=hashes,
         headers=bytes_beside_tensors(folder, weight),
-        notes=("The values are quantized, but the files are not smaller: they hold every weight in full precision.",),
+        notes=(
+            f"The values are quantized, but the files are not smaller: they hold these in {job.dtype_name}, in which "
+            "the plan was measured, and all other weights as in the base model.",
+        ),
         runs=True,
     )
