@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from sensitivity.analysis.allocate.run_time_limits import cost_in_words
 from sensitivity.api.exporting import export
 from sensitivity.formats.timing.side_by_side import Bench, bench
 from sensitivity.formats.verification import verify
+from sensitivity.formats.writing.unfinished import temporary_folder
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.layer_times import LIMITED, LayerTimes
@@ -65,8 +64,8 @@ def run_in_runtime(
     """Export a plan to a temporary folder, compare its answers with torch's, and time it."""
     format = files_of(times.runtime)
     assert format is not None  # a runtime with times reads files that we write
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = export(study, plan, Path(temporary) / "plan", format, model=vlm, note=False)
+    with temporary_folder("recommend") as temporary:
+        folder = export(study, plan, temporary / "plan", format, model=vlm, note=False)
         outcome = verify(folder)
         timed = bench(folder, times.runtime, ROUNDS, task=times.task, model=vlm.name, threads=times.threads)
     same = outcome["verdict"] in ("as measured", "whole")

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import pytest
 from sensitivity.cli import main as cli
 from sensitivity.formats.openvino.exporter import STORED
 from sensitivity.formats.openvino.layer_counters import LayerCounters, name_layers
+from sensitivity.formats.timing import profile, side_by_side
 from sensitivity.formats.timing.kept_times import load_kept_times
 from sensitivity.formats.timing.profile import _as_in_graphs, _per_weight, checked, first_inputs
 from sensitivity.formats.timing.rows_at_once import rows_by_weight
@@ -122,17 +128,51 @@ def test_layers_are_counted_under_the_names_of_their_weights() -> None:
     assert found["large.weight"] > 10 * found["small.weight"] > 0
 
 
-def test_what_cannot_be_timed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_timed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for verb in (["profile", MODEL], ["demo", "--out", str(tmp_path / "demo")]):
         assert cli.main([*verb, "--runtime", "gguf"]) == 2
         assert "layers are not timed in gguf" in (said := capsys.readouterr().err)
         assert said.rstrip().endswith("name openvino, or time an export with `sensitivity bench`")
         assert cli.main([*verb, "--runtime", "opnvino"]) == 2
         assert "unknown runtime 'opnvino'; choose from openvino" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # at once, before anything loads torch
+        patch.setitem(sys.modules, "sensitivity.formats.timing.profile", None)
+        assert cli.main(["profile", MODEL, "--runtime", "opnvino"]) == 2
     with pytest.raises(UserError, match="ranks captions"):
         checked(MODEL, [Scheme("rtn", 4)], "openvino", "retrieval")
     with pytest.raises(UserError, match="openvino can load none of these schemes"):
         checked(MODEL, [Scheme("rtn", 4, 7)], "openvino", "vqa")
+
+
+def test_what_a_kill_left_of_temporary_exports_is_cleared_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of profile and of bench; the folders say whose they are, and only their owner reads the model in them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = (
+        "import os, signal, sys, tempfile\n"
+        "from sensitivity.formats.writing.unfinished import temporary_folder\n"
+        "with temporary_folder('profile') as space:\n"
+        "    (space / 'model').write_text('large')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", killed], env=environment, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".sensitivity-profile.")
+    assert left.stat().st_mode & 0o077 == 0
+    for module in (profile, side_by_side):
+        monkeypatch.setattr(module, "write", lambda job, out, *_: out.mkdir())
+    linears = inspect(MODEL, by="linear")
+    with profile._written(MODEL, linears, {"native": Plan.uniform(linears, None)}, "openvino") as folders:
+        assert folders["native"].is_dir()
+        assert not left.exists()
+        with side_by_side.full_precision(MODEL, "openvino", "float32") as native:
+            assert Path(native).parent.name.startswith(".sensitivity-bench.")
+            assert folders["native"].is_dir()  # a living process's
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

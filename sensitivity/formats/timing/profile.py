@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from sensitivity.formats.timing.open_models import CHECK
 from sensitivity.formats.timing.rows_at_once import rows_by_weight
 from sensitivity.formats.timing.timed_process import Asked, Counted, Round, timed_model
 from sensitivity.formats.writing.job import Job
+from sensitivity.formats.writing.unfinished import temporary_folder
 from sensitivity.measure.generate.batches import batches_by_image
 from sensitivity.models.config_only import without_weights
 from sensitivity.models.discovery import inspect
@@ -145,8 +145,8 @@ def in_layouts(linears: ComponentMap, schemes: Sequence[Scheme], runtime: str) -
 @contextmanager
 def _written(model: str, linears: ComponentMap, plans: Mapping[str, Plan], runtime: str) -> Iterator[dict[str, Path]]:
     """A temporary export of each plan."""
-    with tempfile.TemporaryDirectory() as space, kept_traces(Path(space) / "traces"):
-        folders = {layout: Path(space) / layout for layout in plans}
+    with temporary_folder("profile") as space, kept_traces(space / "traces"):
+        folders = {layout: space / layout for layout in plans}
         for layout in each(list(plans), "writing", "layouts", len(plans)):
             write(Job(model, linears, plans[layout], dtype=torch.float32), folders[layout], runtime)
         yield folders

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from sensitivity.formats.timing.timed_process import Asked, Round, TimedModel, t
 from sensitivity.formats.writing import manifest
 from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import Manifest
+from sensitivity.formats.writing.unfinished import temporary_folder
 from sensitivity.models.discovery import inspect
 from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.files import finite, write_atomically
@@ -141,9 +141,9 @@ def full_precision(base: str, runtime: str, dtype: str) -> Iterator[str]:
     if runtime == "transformers":
         yield base
         return
-    with tempfile.TemporaryDirectory() as space:
+    with temporary_folder("bench") as space:
         parts = inspect(base, by="part")
-        out = Path(space) / "native"
+        out = space / "native"
         job = Job(base, parts, Plan.uniform(parts, None), dtype=getattr(torch, dtype))
         write(job, out, files_of(runtime) or runtime)
         yield str(out)

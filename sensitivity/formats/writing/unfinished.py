@@ -1,10 +1,11 @@
-"""The hidden folder in which an export is written: locked while its process runs, removed later if it was killed."""
+"""Hidden folders of unfinished and of temporary exports: locked while their process runs, removed if it was killed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,16 @@ import filelock
 
 from sensitivity.formats.writing.manifest import why_foreign
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import NO_SPACE, begin_folder, discard, disk_error, is_unfinished, move_into_place, restore
+from sensitivity.spec.files import (
+    NO_SPACE,
+    begin_folder,
+    discard,
+    disk_error,
+    is_unfinished,
+    mark_unfinished,
+    move_into_place,
+    restore,
+)
 
 NAME = re.compile(r"\.(.+)\.\d+\.\d+\.unfinished(\.old)?")  # target, process, time; .old: the export that it replaces
 
@@ -50,6 +60,26 @@ def staging_folder(out: Path) -> Iterator[Path]:
         for folder in missing:  # created above; if the export failed, those that are empty are removed
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """A folder for exports that nobody keeps; the next one removes what a killed process left.
+
+    It may hold several models, which would soon fill the disk.
+    """
+    made = Path(tempfile.gettempdir(), f".sensitivity-{purpose}.{os.getpid()}.{time.monotonic_ns()}")
+    unfinished = made.with_name(f"{made.name}.unfinished")
+    remove_unfinished(made.parent)
+    made.mkdir(mode=0o700)  # others on the machine may not read the model
+    try:
+        mark_unfinished(made)
+        with _locked(made):  # before it gets a name that another process's `remove_unfinished` looks at
+            made.rename(unfinished)
+            yield unfinished
+    finally:
+        for folder in (made, unfinished):
+            discard(folder, ours=True)
 
 
 def remove_unfinished(parent: Path, but: Path | None = None) -> list[Path]:

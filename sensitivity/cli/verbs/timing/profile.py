@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, values
 from sensitivity.cli.output.progress import show_stages
 from sensitivity.cli.output.tables import print_table
+from sensitivity.spec.runtimes.layer_times import check_timed
 from sensitivity.spec.threads import threads_in_words
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Time the layers, print the times of uniform plans and of layers, and return the table."""
+    check_timed(args.runtime)  # before torch is imported
     from sensitivity.formats.timing.profile import checked, profile_layers
     from sensitivity.quantize.scheme_settings import schemes_of
 
