@@ -226,6 +226,35 @@ def test_of_very_many_plans_near_one_those_are_compared_that_promise_most(
     assert expected(some).max() == expected(every).max()
 
 
+LOWER = r", or sweep lower widths \(--bits\)"
+OTHER = ", or choose another --runtime: in this one, no lower widths would be small enough"
+
+
+@pytest.mark.parametrize(
+    ("bpw", "limits", "advice"),
+    [
+        # 3 to 8 bits were measured: 4.3 bpw with all kept weights, and 2 bits would be 3.4 bpw
+        (4.0, {}, LOWER),
+        (1.0, {}, ""),
+        (3.3, {"allowed": lambda name, choice: name != "vision" or choice is None}, ""),
+        (5.0, {"allowed": lambda name, choice: choice is None}, r", or allow lower widths \(--allow\)"),
+        (4.0, {"allowed": lambda name, choice: choice is not None}, LOWER),
+        (4.0, {"allowed": lambda name, choice: choice is None or choice.bits != 2}, ""),
+        (4.0, {"loadable": lambda name, choice: choice is None or choice.bits < 8}, LOWER),
+        (4.0, {"loadable": lambda name, choice: choice is None or choice.bits > 3}, OTHER),
+        (3.0, {"loadable": lambda name, choice: choice is None or choice.bits > 3}, ""),
+    ],
+)
+def test_what_is_advised_where_nothing_fits_would_help(
+    tmp_path: Path, bpw: float, limits: dict[str, Any], advice: str
+) -> None:
+    study = planted.study(tmp_path, {"vqa": planted.product}, levels=(3, 4, 8, 16))
+    with pytest.raises(
+        UserError, match=rf"^no measured plan fits {bpw:.2f} bpw .* can be reached; ask for more{advice}$"
+    ):
+        solve(study, bpw=bpw, **limits)
+
+
 def test_limits_hold_by_construction(two_tasks: Study) -> None:
     only = {Scheme("codes", 4), Scheme("codes", 8)}
     for c in solve(two_tasks, bpw=7, allowed=lambda name, choice: choice in only, top=3):
@@ -237,13 +266,6 @@ def test_limits_hold_by_construction(two_tasks: Study) -> None:
 def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
     with pytest.raises(UserError, match=r"no measured plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
         solve(two_tasks, bpw=1.0)
-    for limits, advice in (
-        ({"allowed": lambda name, choice: name != "vision" or choice is None}, r"allow lower widths \(--allow\)"),
-        ({"allowed": lambda name, choice: choice is not None}, r"sweep lower widths \(--bits\)"),
-        ({"loadable": lambda name, choice: choice is None}, r"sweep lower widths \(--bits\)"),
-    ):
-        with pytest.raises(UserError, match=f"^no measured plan fits 1.00 bpw .*; ask for more, or {advice}$"):
-            solve(two_tasks, bpw=1.0, **limits)
     told = r"predicted to keep grounding at 99 % of full precision; by prediction, that takes \d+\.\d+ bpw"
     with pytest.raises(UserError, match=told):
         solve(two_tasks, bpw=3.6, floors={"grounding": 0.99})
@@ -605,8 +627,32 @@ def test_examples_that_a_task_does_not_have_are_not_asked_for(two_tasks: Study) 
     assert found is not None
     assert found.more is not None
     assert found.more >= 100
-    assert found.words.endswith(" more examples would decide.")
+    assert found.words.endswith(" more examples would decide with a probability of 80 %.")
     found = judge(two_tasks, [best], rival, frames, fresh=False).uniform
     assert found is not None
     assert found.more is None
-    assert found.words.endswith(" more examples would decide, and are not there.")
+    assert found.words.endswith(" more examples would decide with a probability of 80 %, and are not there.")
+
+
+def test_plans_that_an_earlier_call_ran_on_these_examples_widen_the_interval(tmp_path: Path) -> None:
+    """The same plan beside the same rival on the same examples has the same verdict, however many are asked for now."""
+    made = planted.study(tmp_path / "run", {"vqa": planted.product})
+    candidates = solve(made, bpw=5, top=2)
+    rival = best_uniform(Knapsack.of(made, ["vqa"]), 5, {"vqa": 1.0})
+    assert rival is not None
+    too_large = planted.plan(planted.PARTS, [8, 8, 8])
+    plans = [*(one.plan for one in (*candidates, rival)), made.native, too_large]
+    right = dict(zip([plan.key for plan in plans], (0.7, 0.6, 0.55, 0.9, 0.8), strict=True))
+    verified = Study.create(tmp_path / "verify", made.parts, ["vqa"], {"model": "planted"})
+    verified.enqueue(plans)
+    while (trial := verified.ask()) is not None:
+        rows = frame(right[trial.key], n=60).assign(kind="k", nll=0.1, answer="yes")
+        verified.tell(trial, {name: rows[name].tolist() for name in rows}, {"seconds": 0.1})
+    first, later = judge(made, candidates, rival, verified), judge(made, candidates[:1], rival, verified)
+    assert first.plan == later.plan == candidates[0].plan
+    assert first.uniform is not None
+    assert first.uniform == later.uniform
+    assert "(interval widened for the best of 2 plans)" in later.words
+    # a plan that is asked for alone, and ran alone, was not picked from others
+    alone = {key: frame(right[key], n=60) for key in (candidates[0].plan.key, rival.plan.key)}
+    assert "widened" not in judge(made, candidates[:1], rival, alone).words

@@ -68,8 +68,11 @@ def test_limits_hold_and_an_impossible_budget_is_a_sentence() -> None:
     kept = optimum(PARTS, scores, 5.0, allow=allowed_by(NAMES, {"vision": (8,)}), tie=[("connector", "language")])
     assert kept.bits()["vision"] == 8
     assert kept["connector"] == kept["language"]
-    with pytest.raises(UserError, match=r"^no plan fits 1.00 bpw .*; ask for more, or give lower widths \(--bits\)"):
+    with pytest.raises(UserError, match=r"^no plan fits 1.00 bpw .*; ask for more$"):
         optimum(PARTS, scores, 1.0)
+    wide = {name: {scheme: row[scheme] for scheme in SCHEMES[1:]} for name, row in scores.items()}
+    with pytest.raises(UserError, match=r"^no plan fits 3.00 bpw .*; ask for more, or give lower widths \(--bits\)$"):
+        optimum(PARTS, wide, 3.0)
     with pytest.raises(UserError, match=r"^no plan fits 4.00 bpw .*; ask for more, or allow lower widths \(--allow\)"):
         optimum(PARTS, scores, 4.0, allow=allowed_by(NAMES, {"*": (8,)}))
 

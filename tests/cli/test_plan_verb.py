@@ -70,10 +70,22 @@ def test_a_budget_that_no_plan_meets_refuses_only_itself(folder: Path, capsys: p
         assert cli.main(typed.split()) == 2
         out = json.loads(capsys.readouterr().out)
         assert out["error"].startswith("1 bpw: no plan fits 1.00 bpw")
-        assert out["error"].endswith("ask for more, or give lower widths (--bits)")
+        assert out["error"].endswith("can be reached; ask for more")
         assert out[key]
     assert [one["budget_bpw"] for one in out["budgets"]] == [4.0]
     assert [one.budget for one in recommended(Study(folder / "partly"))] == [4.0]
+
+
+@pytest.mark.parametrize(("runtime", "budget", "least"), [("awq", "3", "4.42"), ("gguf", "4", "5.04")])
+def test_lower_widths_are_not_advised_where_a_runtime_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], runtime: str, budget: str, least: str
+) -> None:
+    line = f"plan {MODEL} --by part --bits 2,3,4 --n 12 --calibration-n 4 --bpw {budget} --runtime {runtime} --dry-run"
+    assert cli.main([*line.split(), "--json", "--out", str(tmp_path / "run")]) == 2
+    told = json.loads(capsys.readouterr().out)["error"]
+    assert f"with these widths, {least} to" in told
+    end = f"ask for more, or choose another --runtime: in {runtime} files, no lower widths would be small enough"
+    assert told.endswith(end)
 
 
 def test_fewer_examples_decide_than_verify(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -161,3 +162,15 @@ def test_a_report_says_which_plans_of_the_frontier_it_leaves_out(tmp_path: Path)
     table = page.split("The plans on the frontier of vqa")[1].split("</table>")[0]
     assert table.count("<tr>") == MAX_ROWS + 1
     assert f"<td>{min(made.table()['bpw']):.2f}</td>" in table
+
+
+def test_a_part_that_stays_native_is_named_with_what_rules_it_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = planted.study(tmp_path / "run", {"vqa": planted.product})
+    best = solve(made, bpw=5, top=1)[0]
+    for bits, told in (((3, 16, 4), "  connector at native"), ((3, 16, 16), "  2 parts at native"), ((3, 8, 4), "")):
+        print_recommendation(unmeasured(made, [replace(best, plan=planted.plan(planted.PARTS, bits))]))
+        said = capsys.readouterr().out
+        assert ("--allow '*=B,B,...'" in said) == bool(told)
+        assert told in said

@@ -19,13 +19,14 @@ from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, intersection
 from sensitivity.spec.plan import Plan
-from sensitivity.spec.sizes import Size, bits_in_bytes, budget_bits, bytes_in_words
+from sensitivity.spec.sizes import Size, bits_in_bytes, budget_bits, bytes_in_words, component_bits, kept_bits
 from sensitivity.study.study import Study
 
 Floats = np.ndarray
 Found = TypeVar("Found")
 # weighted mean shares of full precision that differ by less count as equal: predictions are far less sure
 TIE = 1e-5
+LOWEST = 2  # bits to which advice goes: few methods take one bit
 MOST = 8  # plans that are looked at beyond those asked for: where so many are nearly equal, hundreds are
 
 
@@ -243,15 +244,11 @@ def infeasible(
             files = f" in {knapsack.format} files" if knapsack.format else ""
             asked = f" ({bytes_in_words(budget / 8)})"
             reached = f" ({bytes_in_words(low / 8)} to {bytes_in_words(high / 8)}{files})"
-        advice = f"{'sweep' if measured else 'give'} lower widths (--bits)"
-        if allowed is not None:
-            unlimited = Program(knapsack, loadable, tied).minimize(dict(enumerate(weights)))
-            if unlimited is not None and knapsack.size(knapsack.space.decode(unlimited[0])).bits < low:
-                advice = "allow lower widths (--allow)"
+        advice = _what_would_fit(knapsack, budget, allowed, tied, loadable, measured)
         return NothingFits(
             "no measured plan" if measured else "no plan",
             f"fits {budget / numel:.2f} bpw{asked}: with these widths, {low / numel:.2f} to {high / numel:.2f} "
-            f"bpw{reached} can be reached; ask for more, or {advice}",
+            f"bpw{reached} can be reached; ask for more{advice and f', or {advice}'}",
         )
     if knapsack.limits is not None:
         return UserError(_too_slow(knapsack, knapsack.limits, choices, tied, f"{budget / numel:.2f} bpw"))
@@ -268,6 +265,39 @@ def infeasible(
         f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {kept} of full precision; by "
         f"prediction, that takes {least:.2f} bpw, or lower the floor"
     )
+
+
+def _what_would_fit(
+    knapsack: Knapsack,
+    budget: int,
+    allowed: Allowed | None,
+    tied: Sequence[Sequence[str]],
+    loadable: Allowed | None,
+    measured: bool,
+) -> str:
+    """What else than a larger budget would let a plan fit, as advice; an empty string where nothing of it would."""
+    if allowed is not None:
+        cost = dict(enumerate(np.concatenate(knapsack.bits)))
+        unlimited = Program(knapsack, loadable, tied).minimize(cost)
+        if unlimited is not None and knapsack.size(knapsack.space.decode(unlimited[0])).bits <= budget:
+            return "allow lower widths (--allow)"
+    if _least_bits(knapsack, intersection(loadable, allowed), knapsack.format) <= budget:
+        return f"{'sweep' if measured else 'give'} lower widths (--bits)"
+    held = loadable is not None or knapsack.format is not None
+    if held and _least_bits(knapsack, allowed, None) <= budget:
+        files = f"in {knapsack.format} files" if knapsack.format else "in this one"
+        return f"choose another --runtime: {files}, no lower widths would be small enough"
+    return ""
+
+
+def _least_bits(knapsack: Knapsack, allowed: Allowed | None, format: str | None) -> int:
+    """The bits of the smallest plan, if the methods at hand had any width from LOWEST up."""
+    parts, least = knapsack.parts, kept_bits(knapsack.parts, format)
+    for name, options in zip(knapsack.space.names, knapsack.space.choices, strict=True):
+        lower = [replace(one, bits=bits) for one in options if one is not None for bits in range(LOWEST, one.bits)]
+        choices = [one for one in (*options, *lower) if allowed is None or allowed(name, one)]
+        least += min((component_bits(parts, name, one, format) for one in choices), default=0)
+    return least
 
 
 def _too_slow(

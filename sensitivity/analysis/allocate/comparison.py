@@ -15,7 +15,10 @@ from sensitivity.spec.plan import Plan, SchemeJson
 from sensitivity.study.counting import count
 from sensitivity.study.scores import LEAST_CLUSTERS, Score, ScoreJson, paired_difference, summarize
 
-POWER = 0.8  # statistical power of 'about N more examples would decide'
+POWER = (
+    0.8  # with this probability, so many more examples as are named decide, if the difference is as large as it seems
+)
+DECIDE = f"more examples would decide with a probability of {100 * POWER:.0f} %"
 
 
 class ComparisonJson(TypedDict):
@@ -81,8 +84,8 @@ def compare_with_plan(
 ) -> Comparison:
     """Compare our scores of shared examples with another plan's.
 
-    tries: how many plans ours was chosen from. score: theirs, by default the mean of their examples. fresh: these
-    examples had no part in the choice; where they had, the task has less than twice as many.
+    tries: how many plans ours was, or could have been, chosen from. score: theirs, by default the mean of their
+    examples. fresh: these examples had no part in the choice; where they had, the task has less than twice as many.
     """
     both = mine.merge(theirs, on="example", suffixes=("", "_other"))
     if not len(both):
@@ -134,9 +137,9 @@ def _verdict(difference: Score, name: str, tries: int, unseen: float) -> tuple[s
         return (
             "tied",
             None,
-            f"Tied with {name}: {interval}; about {more:,} more examples would decide, and are not there.",
+            f"Tied with {name}: {interval}; about {more:,} {DECIDE}, and are not there.",
         )
-    return "tied", more, f"Tied with {name}: {interval}; about {more:,} more examples would decide."
+    return "tied", more, f"Tied with {name}: {interval}; about {more:,} {DECIDE}."
 
 
 def more_examples(difference: Score) -> int | None:

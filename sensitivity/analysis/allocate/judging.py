@@ -14,6 +14,7 @@ from sensitivity.analysis.allocate.recommendation import Provenance, Recommendat
 from sensitivity.analysis.observations import observations_of
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study.scores import Score, paired_difference, summarize
 from sensitivity.study.storage.paths import is_study, verification_folder
 from sensitivity.study.study import Study
@@ -38,6 +39,9 @@ def judge(
     the same examples for all. Candidates without measurements are left out. weights: how much each task counts; by
     default the study's first alone. floors: task -> share of full precision to keep; candidates that keep them come
     before others. fresh: these examples had no part in finding the candidates.
+
+    Intervals allow for having picked the best of all plans that ran on these examples and fit the budget, also of those
+    that an earlier call ran.
 
     Measured scores are shrunk towards predictions, since the highest of several noisy ones was partly lucky. The rival
     is recommended if it is clearly better than the best candidate, or if it is smaller and neither scores lower nor is
@@ -64,11 +68,11 @@ def judge(
     kept = {plan.key: _kept(frames, plan, native, floors) for plan in plans if plan.key in rows}
     missed = {key: sum(one[task].mean < share for task, share in floors.items()) for key, one in kept.items()}
     best = min(zip(run, believed(run), strict=True), key=lambda one: (missed[one[0].plan.key], -one[1]))[0]
-    # `len(run)` corrects each interval for having picked the best of that many
-    best, against_rival, words = _against_rival(best, rival, rows, scores, missed, len(run), believed, fresh)
+    tries = _tries(study, run, rival, measured)  # corrects each interval for having picked the best of that many
+    best, against_rival, words = _against_rival(best, rival, rows, scores, missed, tries, believed, fresh)
     mine, runner_up = rows[best.plan.key], "the runner-up"
     others = tuple(
-        compare_with_plan(mine, rows[c.plan.key], c.plan, runner_up, len(run), scores[c.plan.key], fresh)
+        compare_with_plan(mine, rows[c.plan.key], c.plan, runner_up, tries, scores[c.plan.key], fresh)
         for c in run
         if c.plan.key != best.plan.key
     )
@@ -95,6 +99,18 @@ def judge(
         full_by_task,
     )
     return replace(found, words=words + warning(found))
+
+
+def _tries(
+    study: Study, run: Sequence[Candidate], rival: Candidate | None, measured: Study | Mapping[str, pd.DataFrame]
+) -> int:
+    """Among how many plans the choice was or could have been made, without full precision and the rival."""
+    keys = {candidate.plan.key for candidate in run}
+    if isinstance(measured, Study):
+        most, format = budget_bits(study.parts, run[0].budget), run[0].size.format
+        plans = {trial.key: trial.plan for trial in measured.measured()}
+        keys |= {key for key, plan in plans.items() if size(study.parts, plan, format).bits <= most}
+    return max(1, len(keys - {study.native.key, *([rival.plan.key] if rival else [])}))
 
 
 def _score(rows: pd.DataFrame, full: pd.DataFrame | None) -> Score:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sensitivity.analysis.allocate.comparison import more_examples
+from sensitivity.analysis.allocate.comparison import DECIDE, more_examples
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEY_LENGTH, Plan
 from sensitivity.study.examples.questions import Question, Questions, read_questions
@@ -109,7 +109,7 @@ class Paired:
         if d.high < 0:
             return f"B scores clearly lower on {self.task}: {interval}."
         more = more_examples(d) if self.shared else None
-        end = f"; about {more:,} more examples would decide" if more else ""
+        end = f"; about {more:,} {DECIDE}" if more else ""
         return f"No difference is shown on {self.task}: {interval}{end}."
 
     def to_json(self) -> dict[str, object]:

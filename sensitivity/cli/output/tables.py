@@ -198,10 +198,14 @@ def print_ranking(ranked: Ranking) -> None:
 def print_recommendation(best: Recommendation) -> None:
     """Print a plan with its size, and its score beside full precision and the best uniform plan."""
     print()
-    size = best.size
+    size, asked = best.size, best.provenance.get("asked")
     allowed = f" ({bytes_in_words(size.bytes * best.budget / size.bpw)})" if size.sized else ""
     print(f"Best plan for {best.budget:.4g} bits per weight{allowed}, judged by {best.task}:")
     print(f"  {best.plan.describe()}")
+    native = [name for name, scheme in best.plan.schemes if scheme is None]
+    if 0 < len(native) < len(best.plan.schemes) and not (asked and asked.get("allow")):
+        which = native[0] if len(native) == 1 else f"{len(native)} parts"
+        print(f"  {which} at native precision, as any part may be; --allow '*=B,B,...' leaves only the widths named")
     in_bytes = f" ({size.bpw_codes:.2f} codes only), {bytes_in_words(size.bytes)}" if size.sized else ""
     print(f"  {size.bpw:.2f} bpw {size.counted}{in_bytes}")
     # with several tasks, scores are shares of full precision, whose own is 1
