@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from sensitivity.cli import main as cli
+from sensitivity.cli.verbs.timing import profile as profile_verb
 from sensitivity.formats.openvino.exporter import STORED
 from sensitivity.formats.openvino.layer_counters import LayerCounters, name_layers
 from sensitivity.formats.timing import profile, side_by_side
@@ -173,6 +175,20 @@ def test_what_a_kill_left_of_temporary_exports_is_cleared_by_the_next(
             assert Path(native).parent.name.startswith(".sensitivity-bench.")
             assert folders["native"].is_dir()  # a living process's
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_times_are_kept_and_what_they_replace(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {(8, 8, layout, 1): took for layout, took in (("native", 2.0), ("four", 1.0), ("eight", 2.5))}
+    few = {"image": 1, "prompt": 1, "answer": 1}
+    times = LayerTimes("openvino", {}, 1, {}, "vqa", {}, few, {}, 0.0, {}, layers)
+    said = profile_verb.kept_words(times, None, Path("kept.json"))
+    assert said == "the times are kept in kept.json"
+    before = replace(times, layers={key: took for key, took in layers.items() if key[2] != "eight"})
+    said = profile_verb.kept_words(times, before, Path("kept.json"))
+    assert said == "the times are kept in kept.json; they replace earlier ones of native, four"
+    costs = dict.fromkeys(("ms_per_image", "ms_per_prompt", "ms_per_token", "ms_per_answer", "gb_resident"), 2.0)
+    profile_verb.show(times, {"full precision": costs, "rtn:8": {**costs, "ms_per_token": 2.5}}, 6)
+    assert "a new token: no faster than full precision, as far as 6 rounds tell: rtn:8" in capsys.readouterr().out
 
 
 @pytest.mark.slow

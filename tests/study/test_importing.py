@@ -95,7 +95,9 @@ def test_the_score_of_a_plan_is_the_mean_of_its_rows_wherever_it_is_shown(
     plan = json.loads(Path(out, "plan.json").read_text())["plan"]
     mean = means["mean"][tuple(plan[name]["bits"] if plan[name] else 16 for name in COLUMNS.values())]
     assert re.search(rf"measured cider {mean:.3f} \[[\d., ]+\] \(mean of 5\)\.", told)
-    assert re.search(rf"\| cider \| {mean:.4f} \| .* \| 5 repetitions \|", Path(out, "plan.md").read_text())
+    card = Path(out, "plan.md").read_text()
+    assert re.search(rf"\| cider \| {mean:.4f} \| .* \| 5 repetitions \|", card)
+    assert "kept (" not in card  # a table without --total says of no weight that it is kept
     written = trials(Study(Path(out)))
     assert sorted(written["score"]) == pytest.approx(sorted(means["mean"]))
     assert set(written["repetitions"]) == {5}

@@ -153,5 +153,8 @@ def _boxes(explained: Explanation) -> None:
 
 def print_score_costs(scored: Sequence[Attribution]) -> None:
     """Print what each score of the components cost."""
-    costs = ", ".join(f"{one.name} {one.seconds:.1f} s{' (kept from then)' if one.kept else ''}" for one in scored)
+    costs = ", ".join(
+        f"{one.name} {one.seconds:.1f} s{' (kept on this machine from an earlier run)' if one.kept else ''}"
+        for one in scored
+    )
     print(f"\nScored on calibration data, in CPU seconds: {costs}")

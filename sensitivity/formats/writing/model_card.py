@@ -112,7 +112,7 @@ def _plan_lines(parts: ComponentMap, plan: Plan, facts: TrialFacts, verdict: str
         stored = component_bits(parts, component.name, plan[component.name]) // 8
         sizes = f"{component.numel:,} | {stored:,}" if parts.sized else "– | –"
         yield f"| {escaped(component.name)} | {_scheme(plan[component.name])} | {sizes} |"
-    if parts.kept or parts.sized:
+    if parts.kept:
         kept = sum(one.numel for one in parts.kept)
         yield f"| kept ({_reasons(parts)}) | native | | | | {kept:,} | {kept_bits(parts) // 8:,} |"
     if parts.sized:

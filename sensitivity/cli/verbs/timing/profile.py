@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensitivity.cli.arguments import flags, values
@@ -43,17 +44,31 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Time the layers, print the times of uniform plans and of layers, and return the table."""
     check_timed(args.runtime)  # before torch is imported
+    from sensitivity.formats.timing.kept_times import file_of, kept_times_if_any
     from sensitivity.formats.timing.profile import checked, profile_layers
     from sensitivity.quantize.scheme_settings import schemes_of
 
     schemes = schemes_of(("rtn",), args.bits, group=args.group, symmetric=args.symmetric)
     with show_stages(args.json):
+        parts, _ = checked(args.model, schemes, args.runtime, args.task)
+        before = kept_times_if_any(parts, args.runtime, args.threads or 0)
         times = profile_layers(args.model, schemes, args.runtime, args.task, args.n, threads=args.threads or 0)
-    parts, _ = checked(args.model, schemes, args.runtime, args.task)
-    plans = uniform(parts, schemes, times)
+    plans, file = uniform(parts, schemes, times), file_of(parts, times.runtime, times.threads)
     if not args.json:
-        show(times, plans)
-    return {**times.to_json(), "uniform": plans}
+        show(times, plans, args.n)
+        print(kept_words(times, before, file))
+    return {**times.to_json(), "uniform": plans, "file": str(file)}
+
+
+def kept_words(times: LayerTimes, before: LayerTimes | None, file: Path) -> str:
+    """Where the times are kept, and which earlier ones they replace."""
+    replaced = [layout for layout in _layouts(times) if before and layout in _layouts(before)]
+    said = f"; they replace earlier ones of {', '.join(replaced)}" if replaced else ""
+    return f"the times are kept in {file}{said}"
+
+
+def _layouts(times: LayerTimes) -> list[str]:
+    return list(dict.fromkeys(layout for _, _, layout, _ in times.layers))
 
 
 def uniform(parts: ComponentMap, schemes: Sequence[Scheme], times: LayerTimes) -> dict[str, dict[str, float]]:
@@ -70,7 +85,7 @@ def uniform(parts: ComponentMap, schemes: Sequence[Scheme], times: LayerTimes) -
     return found
 
 
-def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
+def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]], rounds: int) -> None:
     """Print the times of uniform plans and of layers, and the plans that are no faster than full precision."""
     tokens, full = times.tokens, plans[FULL]
     heads = {"ms_per_image": "ms, image", "ms_per_prompt": "prompt", "ms_per_token": "new token"}
@@ -82,7 +97,7 @@ def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
         ("plan", *heads.values()),
         [(name, *(f"{of[cost]:.3g} (÷ {full[cost] / of[cost]:.2f})" for cost in heads)) for name, of in plans.items()],
     )
-    layouts = list(dict.fromkeys(layout for _, _, layout, _ in times.layers))
+    layouts = _layouts(times)
     shapes = list(dict.fromkeys((rows, cols, count) for rows, cols, _, count in times.layers))
     print_table(
         "milliseconds of one layer",
@@ -94,7 +109,7 @@ def show(times: LayerTimes, plans: Mapping[str, Mapping[str, float]]) -> None:
     )
     for cost, what in (("ms_per_image", "an image"), ("ms_per_prompt", "a prompt"), ("ms_per_token", "a new token")):
         if slower := [name for name, of in plans.items() if name != FULL and of[cost] >= full[cost]]:
-            print(f"{what}: {', '.join(slower)} gain no time over full precision on this machine")
+            print(f"{what}: no faster than full precision, as far as {rounds} rounds tell: {', '.join(slower)}")
 
 
 def _ms(value: float | None) -> str:
