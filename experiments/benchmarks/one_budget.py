@@ -22,7 +22,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.benchmarks.quick_plans import ASKED, BITS, ROOT, TESTED, TRIALS, budgets, by_plan, described
+from experiments.benchmarks.quick_plans import (
+    ASKED,
+    BITS,
+    ROOT,
+    TESTED,
+    TRIALS,
+    budgets,
+    by_plan,
+    described,
+    error_of_mean,
+)
 from sensitivity import inspect, load, sweep
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
@@ -99,7 +109,8 @@ def summary(table: pd.DataFrame) -> str:
     ]
     groups = [(*names, rows) for names, rows in table.groupby(["model", "task"])]
     for model, task, rows in [*groups, ("all", "", table)]:
-        worst, spread = rows.loc[rows["to_sweep"].idxmin()], np.sqrt((rows["se"] ** 2).sum()) / len(rows)
+        worst, errors = rows.loc[rows["to_sweep"].idxmin()], [error_of_mean(own) for _, own in rows.groupby(KEYS[:2])]
+        spread = np.linalg.norm(errors) / len(errors)  # models and tasks err each by itself
         ratio = rows["cpu_s"] / rows["sweep_cpu_s"]
         lines.append(
             f"| {model} | {task} | {len(rows)} | {rows['to_sweep'].mean():+.4f} ± {spread:.4f} | "

@@ -25,7 +25,7 @@ from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
-from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, search_examples
+from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, search_examples, verified_plans
 from sensitivity.api.recommending import begin_recommendation, recommend_each
 from sensitivity.api.scoring import scored
 from sensitivity.api.sweeping import begin_sweep, sweep, with_calibration
@@ -90,7 +90,8 @@ def by_plan(
     os.environ["SENSITIVITY_CACHE"] = f"{folder}-cache"  # an empty one
     began = time.process_time()
     found = scored(vlm, parts, asked.schemes, [asked.calibration or task], OPENING, asked.examples)
-    request = PlanRequest(budgets(parts, asked.above), {task: 1.0}, top=2)
+    bpw = budgets(parts, asked.above)
+    request = PlanRequest(bpw, {task: 1.0}, top=verified_plans(bpw))
     scoring = time.process_time() - began
     statistics = found.given.statistics
     few = search_examples(n, [])
@@ -165,6 +166,14 @@ def compared(name: str, task: str, seed: int, n: int, test: int, before: pd.Data
     return rows
 
 
+def error_of_mean(rows: pd.DataFrame) -> float:
+    """The standard error of a mean over rows of one model and task, at most.
+
+    Their plans ran on the same examples and are much alike, so that errors do not average out over rows.
+    """
+    return float(rows["se"].mean())
+
+
 def summary(table: pd.DataFrame) -> str:
     lines = ["| model | task | examples | chooser | mean difference to the sweep's | worst budget | "
              "of sweep's CPU seconds |", "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -172,9 +181,8 @@ def summary(table: pd.DataFrame) -> str:
         whole = rows[rows["chooser"] == "sweep"]["cpu_s"].mean()
         for chooser, own in rows.groupby("chooser", sort=False):
             worst = own.loc[own["to_sweep"].idxmin()]
-            spread = np.sqrt((own["se"] ** 2).sum()) / len(own)
             lines.append(
-                f"| {model} | {task} | {n} | {chooser} | {own['to_sweep'].mean():+.4f} ± {spread:.4f} | "
+                f"| {model} | {task} | {n} | {chooser} | {own['to_sweep'].mean():+.4f} ± {error_of_mean(own):.4f} | "
                 f"{worst['to_sweep']:+.4f} ± {worst['se']:.4f} ({worst['bpw']:g} bpw, seed {worst['seed']}) | "
                 f"{own['cpu_s'].mean() / whole:.0%} of {whole:.0f} |"
             )
@@ -207,7 +215,8 @@ def main() -> None:
         "`python -m experiments.benchmarks.quick_plans` (models, tasks and seeds as in the table): by group.kind,\n"
         f"gptq at {', '.join(map(str, BITS))} bits, a sweep of {TRIALS} plans by `--search frontier` and `recommend`,\n"
         "beside `plan` and the best plans by its scores alone. Differences are of scores on examples that no chooser\n"
-        "saw, on the same examples; ± is a standard error over examples. Negative: worse than the sweep's plan.\n\n"
+        "saw, on the same examples; ± is a standard error over examples, which all budgets share, so that a mean over\n"
+        "budgets is hardly surer than each. Negative: worse than the sweep's plan.\n\n"
         f"{summary(table)}\n",
     )
 

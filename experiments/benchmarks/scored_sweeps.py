@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.benchmarks.quick_plans import ASKED, ROOT, TESTED, budgets, kept
+from experiments.benchmarks.quick_plans import ASKED, ROOT, TESTED, budgets, error_of_mean, kept
 from experiments.benchmarks.quick_plans import TABLE as SWEPT
 from sensitivity import inspect, load, sweep
 from sensitivity.analysis.allocate.request import PlanRequest
@@ -99,7 +99,7 @@ def summary(table: pd.DataFrame) -> str:
     ]
     for (model, task, trials), rows in table.groupby(["model", "task", "trials"]):
         for what, own in rows.groupby("expected", sort=False):
-            worst, spread = own.loc[own["to_60"].idxmin()], np.sqrt((own["se"] ** 2).sum()) / len(own)
+            worst, spread = own.loc[own["to_60"].idxmin()], error_of_mean(own)
             lines.append(
                 f"| {model} | {task} | {trials} | {what} | {own['to_60'].mean():+.4f} ± {spread:.4f} | "
                 f"{worst['to_60']:+.4f} ± {worst['se']:.4f} ({worst['bpw']:g} bpw, seed {worst['seed']}) |"
@@ -113,8 +113,9 @@ def page(table: pd.DataFrame) -> str:
         "`python -m experiments.benchmarks.scored_sweeps` (models, tasks, seeds and plans as in the table): by\n"
         "group.kind, gptq at 2, 3, 4, 6, 8 bits, `--search frontier` and `recommend` at seven budgets, on 300\n"
         "examples. Differences to what a sweep of 60 plans without scores chose are of scores on 1,000 examples that\n"
-        "no chooser saw; ± is a standard error over examples. `swing`: as with `--scores swing`; `shuffled`: the same\n"
-        "damages, each of another component. A sweep of more plans goes on with that of fewer.\n\n"
+        "no chooser saw; ± is a standard error over examples, which all budgets share. `swing`: as with `--scores\n"
+        "swing`; `shuffled`: the same damages, each of another component. A sweep of more plans goes on with that of\n"
+        "fewer.\n\n"
         f"{summary(table)}\n"
     )
 

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Unpack
 
 import numpy as np
 
-from sensitivity.analysis.allocate.believed import predicted_shares
+from sensitivity.analysis.allocate.believed import predicted_shares, read_shares
 from sensitivity.analysis.allocate.budget import Candidate, mean_share
 from sensitivity.analysis.allocate.by_scores import combined, met_budgets, optimum
 from sensitivity.analysis.allocate.kept_recommendation import Proposed, best_of, proposed, recommended
@@ -41,8 +42,10 @@ from sensitivity.tasks.examples.types import Task
 MAX_EVALUATIONS = 10  # real evaluations, full precision included
 # the scores whose best plans are measured first; `change` takes a backward pass for each group of blocks whose errors
 # fit into memory, so that large models do without it, and without right answers in words there is no gradient
-OPENING, OF_LARGE_MODELS, WITHOUT_ANSWERS = ("change", "swing"), ("swing", "gram"), ("gram",)
+OPENING = "change", "swing", "kfac"
+OF_LARGE_MODELS, WITHOUT_ANSWERS = ("swing", "kfac", "gram"), ("gram",)
 MOST_PASSES = 4
+VERIFIED, OF_SEVERAL = 3, 2  # plans that are verified for one budget, and for each of several, which share many
 EXPECTED = "swing"  # the score from which the surrogate starts, where it was computed
 FEWER_EXAMPLES = 4  # how many times fewer examples the search runs plans on than the verification
 MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer would save little time
@@ -64,6 +67,11 @@ def opening_scores(tasks: Sequence[Task], parts: ComponentMap, schemes: Sequence
 def search_examples(n: int, tasks: Sequence[Task]) -> int:
     """How many examples the search runs plans on; a gallery of fewer images would be another task."""
     return n if any(task.gallery for task in tasks) else min(n, max(n // FEWER_EXAMPLES, MIN_EXAMPLES))
+
+
+def verified_plans(budgets: Sequence[float]) -> int:
+    """How many plans are verified for each of these budgets unless a user says."""
+    return VERIFIED if len(budgets) == 1 else OF_SEVERAL
 
 
 @dataclass(frozen=True)
@@ -201,11 +209,13 @@ def warn_if_scores_misjudge(study: Study, request: PlanRequest, trials: int) -> 
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
     """For each budget, the few plans that are expected to be best, and the best uniform plan.
 
-    Measured plans are ranked by `predicted_shares`, in which the surrogate smooths the noise of measured scores. The
-    surrogate's best, and opening plans that were not measured, are ranked by their predicted score.
+    In turn that of the highest belief and that of the highest reading: beliefs smooth the noise of measured scores,
+    but start from scores of calibration data, which may be wrong. Measured plans are believed to keep their
+    `predicted_shares`; the surrogate's best, and opening plans that were not measured, their predicted score.
     """
     knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
     scores = predicted_shares(study, knapsack, request.weights)
+    read = read_shares(study, request.weights)
     per_budget: Proposed = []
     for bpw, (ranked, rival) in zip(request.bpw, proposed(study, replace(request, top=1)), strict=True):
         plans = [trial.plan for trial in study.measured() if trial.key in scores and not trial.plan.is_native]
@@ -215,9 +225,11 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
             Candidate(plan, knapsack.size(plan), ranked[0].budget, 0, predicted)
             for plan, predicted in zip(fitting, knapsack.predicted(fitting), strict=True)
         ]
-        # measured plans by `predicted_shares`, others by their predicted score
-        known.sort(key=lambda one: -scores.get(one.plan.key, mean_share(one.predicted, request.weights)))
-        per_budget.append(([replace(one, rank=rank) for rank, one in enumerate(known[: request.top])], rival))
+        believed = sorted(known, key=lambda one: -scores.get(one.plan.key, mean_share(one.predicted, request.weights)))
+        readings = sorted((one for one in known if one.plan.key in read), key=lambda one: -read[one.plan.key])
+        in_turn = {one.plan: one for pair in zip_longest(believed, readings) for one in pair if one is not None}
+        chosen = list(in_turn.values())[: request.top]
+        per_budget.append(([replace(one, rank=rank) for rank, one in enumerate(chosen)], rival))
     return per_budget
 
 

@@ -13,10 +13,12 @@ from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, agreement_of_scores
 from sensitivity.analysis.surrogate.space import Space
+from sensitivity.api.planning import candidates
 from sensitivity.cli.output.explained_tables import print_attributions
 from sensitivity.measure.attribution.checks import Check, Checks
 from sensitivity.measure.attribution.scores import Attribution
@@ -162,6 +164,24 @@ def test_the_best_reading_is_drawn_towards_the_surrogate(tmp_path: Path) -> None
         cured.append(scores[best.key] * knapsack.full("score") - real)
     assert np.mean(cursed) > 0.03
     assert abs(np.mean(cured)) < np.mean(cursed) / 2
+
+
+def test_the_best_reading_is_verified_beside_the_best_belief(tmp_path: Path) -> None:
+    """What is believed starts from scores, which may be wrong: then a plan that was measured to be good ranks low."""
+    others = 0
+    for seed in range(6):
+        made, truth = study(tmp_path / str(seed), 0.07, 12, seed)
+        wrong = {name: truth[other] for name, other in zip(NAMES, (*NAMES[1:], NAMES[0]), strict=True)}
+        expected.save(made.path, wrong, "planted")
+        request = PlanRequest((9.0,), {"score": 1.0}, top=2)
+        fitting = [t for t in made.measured() if t.bpw <= 9.0]
+        shares = predicted_shares(made, Knapsack.of(made, ["score"]), {"score": 1.0})
+        read = max(fitting, key=lambda t: t.scores["score"]["mean"])
+        others += read.key != max(fitting, key=lambda t: shares[t.key]).key
+        ((found, _),) = candidates(made, request, [])
+        assert read.plan in [one.plan for one in found]
+        assert len(found) == 2
+    assert others > 1
 
 
 def test_scores_that_are_the_truth_foretell_every_plan(tmp_path: Path) -> None:

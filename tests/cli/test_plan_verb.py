@@ -49,7 +49,7 @@ def test_a_plan_in_minutes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert one["fresh_examples"]
         assert one["measured"]["n"] == 12
     assert 3 <= found["plans_measured"] <= 6
-    assert set(found["scores"]) == {"change", "swing"}
+    assert set(found["scores"]) == {"change", "swing", "kfac"}
     assert "the loss on calibration data is" in err  # the embedded model was trained on it
     study = Study(folder / "study")
     assert study.counts()["done"] == found["plans_measured"]
@@ -184,7 +184,7 @@ def test_a_large_model_opens_with_one_backward_pass(
     """`change` takes one for each group of blocks whose errors fit into memory: those of a 7B model are 34 groups."""
     monkeypatch.setattr(planning, "MOST_PASSES", 0)
     found, _ = run(capsys, f"{PLAN} --out {folder / 'large'}")
-    assert set(found["scores"]) == {"swing", "gram"}
+    assert set(found["scores"]) == {"swing", "kfac", "gram"}
 
 
 def test_scores_of_components_and_how_well_they_foretell(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,16 @@ def predicted_shares(study: Study, knapsack: Knapsack, weights: Mapping[str, flo
         for key, share in dict(zip(observations.keys, predicted, strict=True)).items():
             found[key] = found.get(key, 0.0) + weight / total * float(share)
     return {key: score for key, score in found.items() if np.isfinite(score)}
+
+
+def read_shares(study: Study, weights: Mapping[str, float]) -> dict[str, float]:
+    """For each measured plan, by key, the share of full precision that its own scores say, weighted over tasks."""
+    shares, total = [], sum(weights.values())
+    for task, weight in weights.items():
+        observations = observations_of(study, task)
+        full = replace(observations, score=observations.steadied).full or 1.0
+        shares.append(pd.Series(weight / total * observations.steadied / full).groupby(list(observations.keys)).mean())
+    return {str(key): float(share) for key, share in pd.concat(shares, axis=1).sum(axis=1, skipna=False).items()}
 
 
 def steadied_rows(study: Study, tasks: Iterable[str], frames: Sequence[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -53,7 +53,10 @@ def arguments(p: argparse.ArgumentParser) -> None:
         help="no further plan is begun after so many minutes; the verification comes on top (default: no limit)",
     )
     p.add_argument(
-        "--top", type=values.top, default=2, metavar="K", help="how many plans are verified per budget (default: 2)"
+        "--top",
+        type=values.top,
+        metavar="K",
+        help="how many plans are verified per budget (default: 3 for one budget, 2 for each of several)",
     )
     flags.add_study_folder(p)
     flags.add_samples(p)
@@ -138,10 +141,11 @@ def _request(
     The request names tasks as they were typed; `begin_plan` replaces these by the names that the study gives them.
     """
     from sensitivity.analysis.allocate.request import PlanRequest
-    from sensitivity.api.planning import allowed_and_tied
+    from sensitivity.api.planning import allowed_and_tied, verified_plans
 
     bpw, allow = budgets_in_bpw(args, parts), dict(flags.distinct("--allow", args.allow))
-    request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, args.top)
+    top = args.top or verified_plans(bpw)
+    request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, top)
     return loadable_schemes(args, parts, requested, allowed_and_tied(parts, request)[0]), request
 
 
@@ -192,7 +196,7 @@ def _forecast(
     n, fresh, found = search_examples(args.n, tasks), verification_folder(args.out), was_found(args.out, request)
     # full precision, and for each budget its candidates and the best uniform plan, of which some may be the same
     verified = len(Study(fresh).trials()) if is_study(fresh) else 0
-    most = verified if found else 1 + (args.top + 1) * len(request.bpw)
+    most = verified if found else 1 + (request.top + 1) * len(request.bpw)
     measured = len(keys_of_measured(args.out, args.task, n, args.seed))
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
     trials = measured if found and not goes_on(args.out, request, args.trials) else max(args.trials, measured)
