@@ -128,8 +128,10 @@ def page(table: pd.DataFrame) -> str:
         "`python -m experiments.benchmarks.one_budget` (models, tasks and seeds as in the table): by group.kind,\n"
         f"gptq at {', '.join(map(str, BITS))} bits, a sweep of {TRIALS} plans by `--search frontier` and `recommend`, "
         "beside a call of\n`plan` for each budget. Differences are of scores on examples that no chooser saw, on the "
-        "same\nexamples; ± is a standard error over examples. Negative: worse than the sweep's plan. Clearly: by two\n"
-        "standard errors, of which chance alone gives one budget in forty each way.\n\n"
+        "same\nexamples; ± is a standard error over examples, which all budgets and seeds of a model and task share, "
+        "so\nthat their mean is hardly surer than each. Negative: worse than the sweep's plan. Clearly: by two "
+        "standard\n"
+        "errors, of which chance alone gives one budget in forty each way.\n\n"
         f"{summary(table)}\n"
     )
 

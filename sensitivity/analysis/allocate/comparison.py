@@ -15,9 +15,8 @@ from sensitivity.spec.plan import Plan, SchemeJson
 from sensitivity.study.counting import count
 from sensitivity.study.scores import LEAST_CLUSTERS, Score, ScoreJson, paired_difference, summarize
 
-POWER = (
-    0.8  # with this probability, so many more examples as are named decide, if the difference is as large as it seems
-)
+# as many more examples as are named decide with this probability, if the difference is as large as it seems
+POWER = 0.8
 DECIDE = f"more examples would decide with a probability of {100 * POWER:.0f} %"
 
 
