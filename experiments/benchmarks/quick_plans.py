@@ -25,7 +25,7 @@ from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import optimum
 from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
-from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, search_examples, verified_plans
+from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, plans_to_verify, search_examples
 from sensitivity.api.recommending import begin_recommendation, recommend_each
 from sensitivity.api.scoring import scored
 from sensitivity.api.sweeping import begin_sweep, sweep, with_calibration
@@ -91,7 +91,7 @@ def by_plan(
     began = time.process_time()
     found = scored(vlm, parts, asked.schemes, [asked.calibration or task], OPENING, asked.examples)
     bpw = budgets(parts, asked.above)
-    request = PlanRequest(bpw, {task: 1.0}, top=verified_plans(bpw))
+    request = PlanRequest(bpw, {task: 1.0}, top=plans_to_verify(bpw))
     scoring = time.process_time() - began
     statistics = found.given.statistics
     few = search_examples(n, [])

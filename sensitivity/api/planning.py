@@ -69,7 +69,7 @@ def search_examples(n: int, tasks: Sequence[Task]) -> int:
     return n if any(task.gallery for task in tasks) else min(n, max(n // FEWER_EXAMPLES, MIN_EXAMPLES))
 
 
-def verified_plans(budgets: Sequence[float]) -> int:
+def plans_to_verify(budgets: Sequence[float]) -> int:
     """How many plans are verified for each of these budgets unless a user says."""
     return VERIFIED if len(budgets) == 1 else OF_SEVERAL
 

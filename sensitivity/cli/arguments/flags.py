@@ -87,7 +87,7 @@ def add_widths(p: argparse.ArgumentParser, bits: Sequence[int]) -> None:
         type=values.comma_separated(values.width),
         default=tuple(bits),
         metavar="B,B,...",
-        help=f"widths to try beside native precision, which any part may keep (default: {','.join(map(str, bits))})",
+        help=f"widths to try, beside native precision (default: {','.join(map(str, bits))})",
     )
 
 

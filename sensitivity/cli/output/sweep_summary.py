@@ -56,10 +56,8 @@ def _budget(study: Study) -> float:
 
 def _progress_words(counts: Mapping[str, object], out: Path) -> str:
     """How many plans are done, waiting and running, in words."""
-    from sensitivity.study.counting import count
-
-    done = count(int(str(counts["done"])), "plan")
-    words = [f"{done} in {out} {'has' if counts['done'] == 1 else 'have'} seen all examples"]
+    plans, have = ("plan", "has") if counts["done"] == 1 else ("plans", "have")
+    words = [f"{counts['done']} {plans} in {out} {have} seen all examples"]
     if counts["waiting"]:
         words.append(f"{counts['waiting']} more have not (the same command without --until goes on)")
     if counts["running"]:

@@ -141,10 +141,10 @@ def _request(
     The request names tasks as they were typed; `begin_plan` replaces these by the names that the study gives them.
     """
     from sensitivity.analysis.allocate.request import PlanRequest
-    from sensitivity.api.planning import allowed_and_tied, verified_plans
+    from sensitivity.api.planning import allowed_and_tied, plans_to_verify
 
     bpw, allow = budgets_in_bpw(args, parts), dict(flags.distinct("--allow", args.allow))
-    top = args.top or verified_plans(bpw)
+    top = args.top or plans_to_verify(bpw)
     request = PlanRequest(bpw, dict.fromkeys(args.task, 1.0), {}, allow, args.tie, args.runtime, top)
     return loadable_schemes(args, parts, requested, allowed_and_tied(parts, request)[0]), request
 
