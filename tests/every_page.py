@@ -12,11 +12,11 @@ from answered import FOUR, NATIVE, TWO
 from PIL import Image
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.judging import judge, unmeasured
-from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.comparing.sides import side
 from sensitivity.analysis.comparing.versus import compare_sides
 from sensitivity.analysis.failures.gallery import galleries
+from sensitivity.analysis.recommending.judging import judge, unmeasured
+from sensitivity.analysis.recommending.recommendation import Recommendation
 from sensitivity.analysis.reporting import comparison_page, failures_page
 from sensitivity.analysis.reporting.page import report
 from sensitivity.spec.plan import Plan

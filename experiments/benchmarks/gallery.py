@@ -51,7 +51,7 @@ def run(*words: str) -> None:
 
 def one(study: Path, out: Path, pictures: bool) -> dict[str, object]:
     """Write the report in this process; what it took, and what came of it."""
-    from sensitivity.analysis.allocate.kept_recommendation import recommended
+    from sensitivity.analysis.recommending.kept_recommendation import recommended
     from sensitivity.analysis.reporting import page
     from sensitivity.study.study import Study
 

@@ -34,7 +34,7 @@ from experiments.benchmarks.quick_plans import (
     error_of_mean,
 )
 from sensitivity import inspect, load, sweep
-from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
 from sensitivity.api.recommending import recommend_each
 from sensitivity.api.sweeping import begin_sweep, with_calibration

@@ -23,7 +23,7 @@ import pandas as pd
 
 from sensitivity import inspect, load, scheme
 from sensitivity.analysis.allocate.by_scores import optimum
-from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
 from sensitivity.api.planning import MAX_EVALUATIONS, OPENING, begin_plan, plans_to_verify, search_examples
 from sensitivity.api.recommending import begin_recommendation, recommend_each

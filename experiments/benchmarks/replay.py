@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from optuna.distributions import IntDistribution
 
 from experiments.benchmarks.score_tables import Table, tables
-from sensitivity.analysis.allocate.request import TOP
+from sensitivity.analysis.recommending.request import TOP
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.search.samplers import MAXIMIZE, MINIMIZE, SAMPLERS, sampled_plans
 from sensitivity.analysis.search.search_space import SearchSpace

@@ -23,7 +23,7 @@ import pandas as pd
 from experiments.benchmarks.quick_plans import ASKED, ROOT, TESTED, budgets, error_of_mean, kept
 from experiments.benchmarks.quick_plans import TABLE as SWEPT
 from sensitivity import inspect, load, sweep
-from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.search.plan_lists import plans as plans_of
 from sensitivity.api.recommending import recommend_each
 from sensitivity.api.scoring import scored

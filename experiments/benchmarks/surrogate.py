@@ -24,8 +24,8 @@ import pandas as pd
 
 from experiments.benchmarks.replay import BUDGETS
 from experiments.benchmarks.score_tables import Table, tables
-from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.knapsack import Predicted
+from sensitivity.analysis.recommending.believed import shrunk_scores
 from sensitivity.analysis.surrogate import misfit
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.surrogate import Surrogate

@@ -14,10 +14,10 @@ import torch
 from optuna.trial import TrialState
 
 from sensitivity.analysis.allocate.budget import Candidate, solve
-from sensitivity.analysis.allocate.kept_recommendation import budget_of, budgets_asked, files_for, moved_files, save
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
-from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.recommending.kept_recommendation import budget_of, budgets_asked, files_for, moved_files, save
+from sensitivity.analysis.recommending.recommendation import Recommendation
 from sensitivity.api.imported_plans import plan_of_model
 from sensitivity.api.recommending import FRESH
 from sensitivity.api.sweeping import sweep, with_calibration

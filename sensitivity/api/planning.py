@@ -12,14 +12,14 @@ from typing import Unpack
 
 import numpy as np
 
-from sensitivity.analysis.allocate.believed import predicted_shares, read_shares
 from sensitivity.analysis.allocate.budget import Candidate, mean_share
 from sensitivity.analysis.allocate.by_scores import combined, met_budgets, optimum
-from sensitivity.analysis.allocate.kept_recommendation import Proposed, best_of, proposed, recommended
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.neighbors import plans_near
-from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.recommending.believed import predicted_shares, read_shares
+from sensitivity.analysis.recommending.kept_recommendation import Proposed, best_of, proposed, recommended
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.api.sweeping import SweepOptions, begin_sweep, path_for
 from sensitivity.measure.attribution.calibrated import Calibrated

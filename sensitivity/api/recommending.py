@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TypedDict, Unpack
 
-from sensitivity.analysis.allocate.judging import judge, unmeasured
-from sensitivity.analysis.allocate.kept_recommendation import Proposed, proposed
-from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation
-from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.recommending.judging import judge, unmeasured
+from sensitivity.analysis.recommending.kept_recommendation import Proposed, proposed
+from sensitivity.analysis.recommending.recommendation import Provenance, Recommendation
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.loop import Step, versions

@@ -50,16 +50,18 @@ def frontier_trials(trials: Sequence[Trial], task: str) -> list[Trial]:
     return [trials[i] for i in frontier([trial.bpw for trial in trials], scores)]
 
 
-def spread(sizes: Sequence[float], most: int) -> list[int]:
-    """At most so many of some rising sizes as positions, spread evenly from the smallest to the largest.
+def spread(sizes: Sequence[float], most: int) -> tuple[list[int], str]:
+    """The positions of at most so many of a frontier's rising sizes, and a sentence on those left out, if any.
 
-    Those that are closest to their neighbors, as a ratio, are left out.
+    They are spread evenly: those that are closest to their neighbors, as a ratio, are left out.
     """
     kept = list(range(len(sizes)))
     while len(kept) > max(most, 2):
         gaps = [sizes[after] / sizes[before] for before, after in zip(kept, kept[2:], strict=False)]
         del kept[1 + gaps.index(min(gaps))]
-    return kept
+    if len(kept) == len(sizes):
+        return kept, ""
+    return kept, f"{len(kept)} of the frontier's {len(sizes):,} plans, spread over all sizes"
 
 
 def still_in_race(study: Study, rounds: int) -> set[str]:

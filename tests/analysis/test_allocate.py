@@ -17,12 +17,12 @@ from planted import frame
 
 from sensitivity.analysis.allocate import neighbors
 from sensitivity.analysis.allocate.budget import Candidate, best_uniform, solve, spend
-from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.allocate.neighbors import changed_at_most_twice, plans_near
 from sensitivity.analysis.allocate.program import Program
-from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
-from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.recommending.judging import judge, unmeasured
+from sensitivity.analysis.recommending.recommendation import Recommendation, what_is_lost
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Space
 from sensitivity.spec.errors import UserError
@@ -249,9 +249,7 @@ def test_what_is_advised_where_nothing_fits_would_help(
     tmp_path: Path, bpw: float, limits: dict[str, Any], advice: str
 ) -> None:
     study = planted.study(tmp_path, {"vqa": planted.product}, levels=(3, 4, 8, 16))
-    with pytest.raises(
-        UserError, match=rf"^no measured plan fits {bpw:.2f} bpw .* can be reached; ask for more{advice}$"
-    ):
+    with pytest.raises(UserError, match=rf"^no plan fits {bpw:.2f} bpw .* can be reached; ask for more{advice}$"):
         solve(study, bpw=bpw, **limits)
 
 
@@ -264,7 +262,7 @@ def test_limits_hold_by_construction(two_tasks: Study) -> None:
 
 
 def test_infeasible_wishes_say_what_is_reachable(two_tasks: Study) -> None:
-    with pytest.raises(UserError, match=r"no measured plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
+    with pytest.raises(UserError, match=r"no plan fits 1.00 bpw .* 3.40 to 16.00 bpw .* can be reached"):
         solve(two_tasks, bpw=1.0)
     told = r"predicted to keep grounding at 99 % of full precision; by prediction, that takes \d+\.\d+ bpw"
     with pytest.raises(UserError, match=told):
@@ -576,7 +574,7 @@ def test_limits_are_named_by_patterns() -> None:
 
 def test_the_number_of_examples_that_decide_is_about_right() -> None:
     """With so many, four out of five repetitions find the difference."""
-    from sensitivity.analysis.allocate.comparison import more_examples
+    from sensitivity.analysis.recommending.comparison import more_examples
     from sensitivity.study.scores import paired_difference
 
     draw = np.random.default_rng(0)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from sensitivity.analysis.allocate.believed import predicted_shares
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.recommending.believed import predicted_shares
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.score_agreement import ScoreAgreement, agreement_of_scores

@@ -20,10 +20,10 @@ from browser import browser
 from PIL import Image
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.judging import judge, unmeasured
 from sensitivity.analysis.failures import pictures
 from sensitivity.analysis.failures.changes import changed_answers, study_of
 from sensitivity.analysis.failures.gallery import galleries
+from sensitivity.analysis.recommending.judging import judge, unmeasured
 from sensitivity.analysis.reporting.failures_page import write
 from sensitivity.analysis.reporting.page import report
 from sensitivity.analysis.reporting.what_breaks import failing

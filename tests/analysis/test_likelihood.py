@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from sensitivity import inspect, load, scheme, sweep
-from sensitivity.analysis.allocate.believed import steadied_rows
 from sensitivity.analysis.likelihood import MIN_PLANS, link
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.recommending.believed import steadied_rows
 from sensitivity.spec.plan import Plan
 
 PLANS, EXAMPLES = 30, 100

@@ -13,9 +13,9 @@ import planted
 import pytest
 from scipy.optimize import approx_fprime
 
-from sensitivity.analysis.allocate.believed import shrunk_scores
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
+from sensitivity.analysis.recommending.believed import shrunk_scores
 from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.misfit import Evidence, Hyperparameters, merged
 from sensitivity.analysis.surrogate.space import Space

@@ -12,10 +12,10 @@ import planted
 import pytest
 
 from sensitivity.analysis.allocate.budget import Candidate, best_of_each, solve
-from sensitivity.analysis.allocate.kept_recommendation import proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
+from sensitivity.analysis.recommending.kept_recommendation import proposed
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.search.frontier_sampler import FrontierSampler, PlanSizes
 from sensitivity.analysis.surrogate import fitting
 from sensitivity.analysis.surrogate.fitting import fit_surrogate

@@ -16,10 +16,10 @@ from browser import browser
 from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.judging import judge, unmeasured
-from sensitivity.analysis.allocate.recommendation import Recommendation
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.recommending.judging import judge, unmeasured
+from sensitivity.analysis.recommending.recommendation import Recommendation
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.page import report
 from sensitivity.analysis.reporting.static_figures import figures_of_task

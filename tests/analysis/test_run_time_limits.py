@@ -15,10 +15,10 @@ import planted
 import pytest
 
 from sensitivity.analysis.allocate.budget import best_uniform, spend
-from sensitivity.analysis.allocate.kept_recommendation import check_request, proposed
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits
+from sensitivity.analysis.recommending.kept_recommendation import check_request, proposed
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.reporting.page import report
 from sensitivity.api.in_runtime import InRuntime
 from sensitivity.formats.timing.kept_times import keep, load_kept_times
@@ -131,7 +131,7 @@ def test_a_limit_that_no_plan_meets_says_what_can_be_reached(study: Study) -> No
     says = f"takes at most 0.01 ms per token in openvino on this machine: {least:.4g} ms per token can be reached"
     with pytest.raises(UserError, match=re.escape(says)):
         spend(limited, 10**9, {"a": 1.0})
-    with pytest.raises(UserError, match=r"no measured plan fits"):  # the budget is named where it is what fails
+    with pytest.raises(UserError, match=r"no plan fits"):  # the budget is named where it is what fails
         spend(limited, 10, {"a": 1.0})
 
 

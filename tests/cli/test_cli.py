@@ -19,7 +19,7 @@ import planted
 import pytest
 from forked import forked
 
-from sensitivity.analysis.allocate import kept_recommendation
+from sensitivity.analysis.recommending import kept_recommendation
 from sensitivity.analysis.reporting.figure_files import FigureFiles
 from sensitivity.analysis.reporting.table_rows import frontier_rows
 from sensitivity.api.attribution_file import save_attributions
@@ -209,7 +209,7 @@ def test_a_budget_that_cannot_be_met_leaves_the_others_answered(
     status, out, err = run(capsys, f"recommend {mine} --bpw 1,5,7 --no-run")
     assert status == 2
     assert [f"Best plan for {bpw} bits per weight" in out for bpw in (1, 5, 7)] == [False, True, True]
-    assert "error: 1 bpw: no measured plan fits 1.00 bpw" in err
+    assert "error: 1 bpw: no plan fits 1.00 bpw" in err
     assert json.loads((mine / "plan.json").read_text())["size"]["bpw"] <= 5
     assert (mine / "plan-7bpw.json").exists()
     status, out, err = run(capsys, f"recommend {mine} --bpw 5,1 --no-run --json")

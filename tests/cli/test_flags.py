@@ -110,7 +110,7 @@ KINDS = {
 # where one of these is fine, and why: (flag, kind)
 FINE = {
     ("--seed", "zero"): "the default",
-    ("legalize", "--bpw", "fraction"): "",  # no measured plan is so small
+    ("legalize", "--bpw", "fraction"): "",  # no plan is so small
     ("--cache-gb", "zero"): "keeps no statistics, as its help says",
     ("--memory-gb", "zero"): "shares nothing in memory: slower, the same result",
     ("--cache-gb", "fraction"): "an amount may be a fraction",

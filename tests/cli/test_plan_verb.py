@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sensitivity import UserError, inspect, load, scheme, task
-from sensitivity.analysis.allocate.kept_recommendation import recommended
+from sensitivity.analysis.recommending.kept_recommendation import recommended
 from sensitivity.api import explaining, planning
 from sensitivity.cli import main as cli
 from sensitivity.measure.attribution import calibrated

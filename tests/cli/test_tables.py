@@ -17,7 +17,7 @@ import torch
 from planted import frame
 
 from sensitivity.analysis.allocate.budget import solve
-from sensitivity.analysis.allocate.judging import judge, unmeasured
+from sensitivity.analysis.recommending.judging import judge, unmeasured
 from sensitivity.analysis.reporting.frontier_table import MAX_ROWS
 from sensitivity.analysis.reporting.page import report
 from sensitivity.api.explaining import Explanation

@@ -411,6 +411,6 @@ def test_nothing_legal_was_measured(planted: Study) -> None:
     with pytest.raises(UserError, match=none + r"; `sensitivity sweep .* --method nf4 --bits 4 --out .*-bnb`"):
         exporting.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "bnb", bpw=4.0)
     with pytest.raises(
-        UserError, match=r"^no measured plan that awq can load fits 2\.00 bpw \([^)]*\): with these widths"
+        UserError, match=r"^no plan that awq can load fits 2\.00 bpw \([^)]*\): with the measured widths"
     ):
         exporting.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "awq", bpw=2.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import sensitivity
-from sensitivity.analysis.allocate.request import PlanRequest
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.cli.arguments.parsing import parser_of
 from sensitivity.cli.arguments.scheme_flags import loadable_schemes, schemes
 from sensitivity.cli.main import VERBS

@@ -23,14 +23,14 @@ import pytest
 from few import few
 from referencing import Registry, Resource
 
-from sensitivity.analysis.allocate.kept_recommendation import recommended, save, what_changed_since
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.atlas import atlas_file
 from sensitivity.analysis.atlas.atlas_file import add_to_atlas
 from sensitivity.analysis.importance import kept_rankings
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.recommending.kept_recommendation import recommended, save, what_changed_since
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.reporting.page import report
 from sensitivity.api.exporting import export_from, legalize_from
 from sensitivity.api.recommending import recommend_each

@@ -263,7 +263,7 @@ def test_what_a_user_reads(tmp_path: Path, text: str, words: list[str], capsys: 
     ("line", "words"),
     [
         ("recommend RUN --bpw 0", "--bpw takes"),
-        ("recommend RUN --bpw 1", "no measured plan fits 1.00 bpw"),
+        ("recommend RUN --bpw 1", "no plan fits 1.00 bpw"),
         ("recommend RUN --floor cider=1.5", "a share of full precision above 0 and at most 1"),
         ("recommend RUN --floor bleu=0.9", "unknown task 'bleu'; choose from cider"),
         ("recommend RUN --weight cider=0", "a weight above 0 and at most 1,000,000"),
@@ -353,7 +353,7 @@ def test_a_table_without_sizes_makes_up_none(tmp_path: Path, capsys: pytest.Capt
     assert "1,000,000" not in page
     assert cli.main(["recommend", str(study.path), "--bpw", "1"]) == 2
     assert (
-        "no measured plan fits 1.00 bpw: with these widths, 2.00 to 16.00 bpw can be reached" in capsys.readouterr().err
+        "no plan fits 1.00 bpw: with the measured widths, 2.00 to 16.00 bpw can be reached" in capsys.readouterr().err
     )
     assert cli.main(["recommend", str(study.path), "--gb", "1"]) == 2
     assert "needs the sizes of the parts" in capsys.readouterr().err

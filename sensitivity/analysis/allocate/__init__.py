@@ -1,1 +1,1 @@
-"""Allocation: which plan to use within a budget, and whether measurements support the choice."""
+"""Allocation: which plans of at most a given size, time or score lost are predicted to be best."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sensitivity.analysis.allocate.budget import fits, infeasible, of_met
+from sensitivity.analysis.allocate.budget import fits, of_met
+from sensitivity.analysis.allocate.infeasibility import infeasible
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.program import Program
 from sensitivity.analysis.surrogate.space import Space, family

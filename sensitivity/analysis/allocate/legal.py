@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sensitivity.analysis.allocate.budget import Candidate, NothingFits, mean_share, solve
+from sensitivity.analysis.allocate.budget import Candidate, mean_share, solve
+from sensitivity.analysis.allocate.infeasibility import NothingFits
 from sensitivity.analysis.allocate.knapsack import Knapsack, Predicted
 from sensitivity.analysis.observations import check_task
 from sensitivity.analysis.search.plan_lists import Plans, plans
@@ -147,7 +148,7 @@ def candidates(
             failure = failure or error
     if not solved:
         if isinstance(failure, NothingFits):
-            raise UserError(f"no measured plan that {runtime} can load {failure.predicate}") from failure
+            raise UserError(f"no plan that {runtime} can load {failure.predicate}") from failure
         raise UserError(f"of the plans that {runtime} can load: {failure}") from failure
     return sorted(solved, key=lambda candidate: -mean_share(candidate.predicted, weights))[:top]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sensitivity.analysis.allocate.comparison import DECIDE, more_examples
+from sensitivity.analysis.recommending.comparison import DECIDE, more_examples
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEY_LENGTH, Plan
 from sensitivity.study.examples.questions import Question, Questions, read_questions

@@ -9,7 +9,7 @@ from typing import TypedDict
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from sensitivity.analysis.allocate.recommendation import Recommendation
+from sensitivity.analysis.recommending.recommendation import Recommendation
 from sensitivity.analysis.reporting import figures
 from sensitivity.analysis.reporting.table_rows import frontier_rows
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pandas as pd
 from markupsafe import Markup
 
-from sensitivity.analysis.allocate import kept_recommendation
 from sensitivity.analysis.allocate.budget import Candidate, spend
 from sensitivity.analysis.allocate.knapsack import Knapsack
-from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.estimators import ESTIMATORS
 from sensitivity.analysis.importance.ranking import cached, rank
 from sensitivity.analysis.importance.types import TITLES, Ranking
 from sensitivity.analysis.observations import Observations, observations_of
+from sensitivity.analysis.recommending import kept_recommendation
+from sensitivity.analysis.recommending.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.environment import GENERATOR, rendered
 from sensitivity.analysis.reporting.figure_files import FigureFiles

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import MIN_TRIALS, rank_correlations
 from sensitivity.analysis.importance.types import TITLES, Ranking
+from sensitivity.analysis.recommending.recommendation import Recommendation, what_is_lost
 from sensitivity.spec.errors import shell_word
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count

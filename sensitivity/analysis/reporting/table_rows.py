@@ -20,11 +20,10 @@ def frontier_rows(table: pd.DataFrame, task: str, column: str = "bpw") -> pd.Dat
 def shown_of_frontier(study: Study, table: pd.DataFrame, task: str, most: int) -> tuple[pd.DataFrame, str]:
     """At most so many rows of a task's frontier, spread over all sizes, and a sentence on those left out, if any."""
     every = frontier_rows(table, task)
-    shown = every.iloc[spread(every["bpw"].tolist(), most)]
-    if len(shown) == len(every):
-        return shown, ""
-    listed = f"`sensitivity watch {shell_word(study.path)} --json`"
-    return shown, f"{len(shown)} of the frontier's {len(every):,} plans, spread over all sizes; {listed} lists all"
+    shown, left_out = spread(every["bpw"].tolist(), most)
+    if left_out:
+        left_out += f"; `sensitivity watch {shell_word(study.path)} --json` lists all"
+    return every.iloc[shown], left_out
 
 
 def quantized(table: pd.DataFrame) -> pd.DataFrame:

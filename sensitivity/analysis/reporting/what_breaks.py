@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-from sensitivity.analysis.allocate.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.failures.changes import on_examples_of, study_of
 from sensitivity.analysis.failures.gallery import FailureGallery, galleries
+from sensitivity.analysis.recommending.recommendation import Recommendation, what_is_lost
 from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study

@@ -212,16 +212,14 @@ def frontier_lines(study: Study, most: int = 8) -> list[str]:
     from sensitivity.study.racing import spread
 
     lines, best = [], best_so_far(study)
-    shown = spread([trial.bpw for trial in best], most)
+    shown, left_out = spread([trial.bpw for trial in best], most)
     for trial in (best[i] for i in shown):
         point = _point(trial)
         score = point["scores"][study.tasks[0]]
         ends = score["low"], score["high"], score["n"]
         span = "" if None in ends else " [{:.3f}, {:.3f}] n {}".format(*ends)
         lines.append(f"{point['bpw']:5.2f} bpw  {score['mean']:.3f}{span}  {point['plan']}")
-    if len(shown) < len(best):
-        lines.append(f"{len(shown)} of the frontier's {len(best):,} plans, spread over all sizes")
-    return lines
+    return [*lines, left_out] if left_out else lines
 
 
 def _point(trial: Trial) -> ShownPlan:

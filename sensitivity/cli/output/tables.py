@@ -14,8 +14,8 @@ from sensitivity.spec.threads import threads_in_words
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sensitivity.analysis.allocate.recommendation import Recommendation
     from sensitivity.analysis.importance.types import Ranking
+    from sensitivity.analysis.recommending.recommendation import Recommendation
     from sensitivity.measure.forecast.forecast import Forecast
     from sensitivity.spec.components import ComponentMap
     from sensitivity.spec.plan import Plan

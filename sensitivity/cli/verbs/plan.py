@@ -17,8 +17,8 @@ from sensitivity.cli.output.tables import print_forecast, print_recommendation
 from sensitivity.spec.errors import Partly
 
 if TYPE_CHECKING:
-    from sensitivity.analysis.allocate.kept_recommendation import Proposed
-    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.analysis.recommending.kept_recommendation import Proposed
+    from sensitivity.analysis.recommending.request import PlanRequest
     from sensitivity.api.scoring import Scored
     from sensitivity.models.vlm import VLM
     from sensitivity.spec.components import ComponentMap
@@ -140,7 +140,7 @@ def _request(
 
     The request names tasks as they were typed; `begin_plan` replaces these by the names that the study gives them.
     """
-    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.analysis.recommending.request import PlanRequest
     from sensitivity.api.planning import allowed_and_tied, plans_to_verify
 
     bpw, allow = budgets_in_bpw(args, parts), dict(flags.distinct("--allow", args.allow))

@@ -17,9 +17,9 @@ from sensitivity.spec.errors import Notice, Partly, UserError
 from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
-    from sensitivity.analysis.allocate.kept_recommendation import Proposed
-    from sensitivity.analysis.allocate.recommendation import Recommendation
-    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.analysis.recommending.kept_recommendation import Proposed
+    from sensitivity.analysis.recommending.recommendation import Recommendation
+    from sensitivity.analysis.recommending.request import PlanRequest
     from sensitivity.api.in_runtime import InRuntime
     from sensitivity.models.vlm import VLM
     from sensitivity.spec.runtimes.layer_times import LayerTimes
@@ -66,9 +66,9 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Choose a plan for each budget, measure it, and store it in the study."""
-    from sensitivity.analysis.allocate.kept_recommendation import check_request
     from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
     from sensitivity.analysis.observations import observations_of
+    from sensitivity.analysis.recommending.kept_recommendation import check_request
     from sensitivity.api.exporting import check_may_save
     from sensitivity.api.recommending import begin_recommendation
     from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def _proposed(study: Study, request: PlanRequest, times: LayerTimes | None) -> tuple[PlanRequest, Proposed, list[str]]:
     """The request for those budgets that can be met, what is proposed for them, and a sentence for each other one."""
     from sensitivity.analysis.allocate.budget import of_met
-    from sensitivity.analysis.allocate.kept_recommendation import proposed
+    from sensitivity.analysis.recommending.kept_recommendation import proposed
 
     try:
         return request, proposed(study, request, times), []
@@ -145,7 +145,7 @@ def _saved(study: Study, best: Sequence[Recommendation]) -> tuple[list[Recommend
     A plan that is only predicted never replaces the verified one of the same budget and request. Where both are the
     same plan, the verified one is shown.
     """
-    from sensitivity.analysis.allocate.kept_recommendation import instead_of
+    from sensitivity.analysis.recommending.kept_recommendation import instead_of
     from sensitivity.api.exporting import save_with_cards
 
     kept = [instead_of(study, one) if one.measured is None else None for one in best]
@@ -205,7 +205,7 @@ def _show(
 
 def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
     """The request that the flags make: budgets, tasks, floors and limits."""
-    from sensitivity.analysis.allocate.request import PlanRequest
+    from sensitivity.analysis.recommending.request import PlanRequest
     from sensitivity.spec.plan import Plan
     from sensitivity.spec.runtimes.layer_times import LIMITED
     from sensitivity.spec.sizes import size

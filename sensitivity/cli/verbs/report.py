@@ -18,7 +18,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Write the report."""
-    from sensitivity.analysis.allocate.kept_recommendation import recommended
+    from sensitivity.analysis.recommending.kept_recommendation import recommended
     from sensitivity.analysis.reporting.page import report
     from sensitivity.study.storage import paths
     from sensitivity.study.study import Study

@@ -124,8 +124,8 @@ def _measure_causes(args: argparse.Namespace, study: Study, plan: Plan) -> None:
 
 def _plan(study: Study, wanted: str | None) -> Plan:
     """The plan that is named, or else the recommended one, or the smallest quantized one on the frontier."""
-    from sensitivity.analysis.allocate.kept_recommendation import recommended
     from sensitivity.analysis.comparing.sides import plan_of
+    from sensitivity.analysis.recommending.kept_recommendation import recommended
     from sensitivity.study.racing import frontier_trials
 
     if wanted is not None:

@@ -11,10 +11,10 @@ from typing import cast
 from sensitivity.analysis.allocate.budget import Candidate, best_of_each, best_uniform, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import candidates as legal_candidates
-from sensitivity.analysis.allocate.recommendation import Recommendation, RecommendationJson, digest
-from sensitivity.analysis.allocate.request import PlanRequest
 from sensitivity.analysis.allocate.run_time_limits import RunTimeLimits, check_limits
 from sensitivity.analysis.observations import check_task
+from sensitivity.analysis.recommending.recommendation import Recommendation, RecommendationJson, digest
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.spec import schema
 from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.files import check_may_replace

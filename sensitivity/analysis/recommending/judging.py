@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pandas as pd
 
-from sensitivity.analysis.allocate.believed import shrunk_scores, steadied_rows
 from sensitivity.analysis.allocate.budget import Candidate, as_measured
-from sensitivity.analysis.allocate.comparison import Comparison, compare_with_plan, floor_in_words, kept_of
-from sensitivity.analysis.allocate.recommendation import Provenance, Recommendation, provenance_of, warning
 from sensitivity.analysis.observations import observations_of
+from sensitivity.analysis.recommending.believed import shrunk_scores, steadied_rows
+from sensitivity.analysis.recommending.comparison import Comparison, compare_with_plan, floor_in_words, kept_of
+from sensitivity.analysis.recommending.recommendation import Provenance, Recommendation, provenance_of, warning
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.sizes import budget_bits, size

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict
 
 from sensitivity.analysis.allocate.budget import Candidate, as_measured
-from sensitivity.analysis.allocate.comparison import Comparison, ComparisonJson
 from sensitivity.analysis.allocate.knapsack import Predicted
-from sensitivity.analysis.allocate.request import RequestJson
+from sensitivity.analysis.recommending.comparison import Comparison, ComparisonJson
+from sensitivity.analysis.recommending.request import RequestJson
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.files import finite
 from sensitivity.spec.plan import Plan, SchemeJson

@@ -1,0 +1,1 @@
+"""Recommendation: the plan to use, and whether measurements support it over its rivals."""
