@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(figures, "svg", lambda figure: "<svg></svg>")
     monkeypatch.setattr(figures, "png", lambda figure: b"")
+
+
+@pytest.fixture(scope="module")
+def few_trees() -> Iterator[None]:
+    """A resample of a ranking grows 5 trees, not 50: for tests of what is said of it, not of its intervals."""
+    from sensitivity.analysis.importance import ranking
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "RESAMPLED_TREES", 5)
+        yield
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.exports import write_note
 from sensitivity.study.study import Study
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'`{{7*7}}"
 
 

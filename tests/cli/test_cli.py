@@ -33,6 +33,7 @@ from sensitivity.spec.sizes import size
 from sensitivity.spec.version import __version__
 from sensitivity.study.study import Study
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 MODEL = "embedded:scenes-llava"
 SWEEP = f"sweep {MODEL} --task vqa --bits 2,4,8 --by part --method uniform --n 15"
 

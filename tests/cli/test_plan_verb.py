@@ -21,6 +21,7 @@ from sensitivity.spec.plan import Plan
 from sensitivity.study.storage import attributions
 from sensitivity.study.study import Study
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 MODEL = "embedded:scenes-llava"
 PLAN = f"plan {MODEL} --bpw 4,3 --by part --method rtn --bits 2,3,4,8 --n 12 --calibration-n 4 --trials 6 --json"
 

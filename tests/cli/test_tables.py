@@ -26,6 +26,7 @@ from sensitivity.cli.output.explained_tables import print_explanation
 from sensitivity.cli.output.progress import best_so_far, frontier_lines
 from sensitivity.cli.output.tables import LONG_WORD, print_frontier, print_recommendation, print_table
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 HEADS = ("what", "score", "difference", "plan")
 ROWS = (
     ("full precision", "0.983 at 16.00", "+0.000 [-0.060, +0.060]", "all native [a list]"),

@@ -40,6 +40,7 @@ from sensitivity.study.trial import Trial
 from sensitivity.tasks.examples.types import Example, Task
 from sensitivity.tasks.table import task
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 PIXEL = np.zeros((1, 1, 3), np.uint8)
 
 

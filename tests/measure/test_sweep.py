@@ -33,6 +33,7 @@ from sensitivity.spec.plan import Plan
 from sensitivity.study.study import Study
 from sensitivity.tasks.table import TASKS
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 BITS = (2, 4, 8)
 
 

@@ -23,6 +23,7 @@ from sensitivity.study.importing.imported_study import import_table
 from sensitivity.study.sharing.tidy import trials
 from sensitivity.study.study import Study
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 COLUMNS = {"v": "vision", "c": "connector", "l": "language"}
 
 
