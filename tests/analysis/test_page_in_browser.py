@@ -15,6 +15,7 @@ from every_page import TEMPLATES, pages
 
 from sensitivity.analysis.reporting import environment
 
+pytestmark = pytest.mark.usefixtures("few_trees")
 ROOT = Path(__file__).parents[2]
 WIDTHS = (390, 768, 1280)
 PAPER = 717  # CSS pixels of the lines on A4, with the margins of the browser

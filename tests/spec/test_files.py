@@ -431,6 +431,7 @@ def test_a_report_replaces_no_file_of_other_origin(
     assert seen_bytes(path / "report") == {name: b"dear diary"}
 
 
+@pytest.mark.usefixtures("few_trees", "undrawn")
 def test_a_report_replaces_the_figures_of_an_earlier_one_and_no_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
