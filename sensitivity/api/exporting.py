@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
-from optuna.trial import TrialState
 
 from sensitivity.analysis.allocate.budget import Candidate, solve
 from sensitivity.analysis.allocate.knapsack import Knapsack
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
-from sensitivity.analysis.recommending.kept_recommendation import budget_of, budgets_asked, files_for, moved_files, save
-from sensitivity.analysis.recommending.recommendation import Recommendation
 from sensitivity.api.imported_plans import plan_of_model
 from sensitivity.api.recommending import FRESH
+from sensitivity.api.saved_recommendations import measured_facts
 from sensitivity.api.sweeping import sweep, with_calibration
 from sensitivity.formats.table import CHECKPOINTS, CHECKS, FORMATS, may_be_written, write
 from sensitivity.formats.verification import verify
@@ -27,7 +25,6 @@ from sensitivity.formats.writing.calibrated_codes import CalibratedCodes
 from sensitivity.formats.writing.calibrated_codes import codes as calibrated_codes
 from sensitivity.formats.writing.job import Codes, Job, codes_from_weights
 from sensitivity.formats.writing.manifest import TrialFacts
-from sensitivity.formats.writing.model_card import plan_card, why_foreign_card
 from sensitivity.formats.writing.unfinished import remove_unfinished
 from sensitivity.measure.calibrate.statistics import check_path
 from sensitivity.models.loading import load
@@ -36,9 +33,8 @@ from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import Failed, Notice, UserError, check_is, reason, shell_word, unknown
-from sensitivity.spec.files import check_may_replace, rename_ours, write_atomically
 from sensitivity.spec.plan import Plan, Scheme
-from sensitivity.spec.plan_file import read, why_foreign
+from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.stored_bits import FILES
@@ -109,7 +105,7 @@ def export(
     )
     if format != "plan" and meta.get("fingerprint") not in (None, job.source.fingerprint):
         raise UserError(f"{study.path} was measured on {meta['model']}, and {job.source.name} is another model")
-    trial, expected = _measured(study, plan)
+    trial, expected = measured_facts(study, plan)
     with _codes(study, job, format) as computed:
         job = replace(job, codes=codes or computed.codes, changed=computed.changed)
         summary = write(job, out, format, force, {**trial, **gain}, runtime, expected, lambda: computed.notes)
@@ -240,7 +236,7 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
     """Which plan was chosen for a budget, and its scores as measured, or else as predicted and how to measure it."""
     counted = "" if best.size.sized else f" {best.size.counted}"
     chosen = f"chosen for {best.budget:g} bpw{counted}: {best.plan.describe()}"
-    if scores := _measured(study, best.plan)[0].get("scores"):
+    if scores := measured_facts(study, best.plan)[0].get("scores"):
         means = {task: score["mean"] for task, score in scores.items()}
         return f"{chosen}; measured: {', '.join(f'{task} {mean:.3f}' for task, mean in means.items())}"
     predicted = {task: one.possible for task, one in best.predicted.items()}
@@ -255,36 +251,6 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
     )
 
 
-def check_may_save(study: Path, budgets: Sequence[float]) -> None:
-    """Raise an error if recommendations for these budgets, or their cards, would replace files of other origin."""
-    moved = moved_files(study, budgets)
-    for file in dict.fromkeys([*files_for(study, budgets), *moved, *moved.values()]):
-        check_may_replace(file, why_foreign)
-        check_may_replace(paths.card_file(file), why_foreign_card)
-
-
-def save_with_cards(study: Study, recommendations: Sequence[Recommendation]) -> list[Path]:
-    """Write recommendations into the study's folder, and a card beside each, which says how it scores.
-
-    Returns the files. What an earlier call recommended for other budgets keeps files of its own.
-    """
-    budgets = budgets_asked(recommendations)
-    check_may_save(study.path, budgets)
-    for file, name in moved_files(study.path, budgets).items():
-        if paths.card_file(file).exists():
-            rename_ours(paths.card_file(file), paths.card_file(name), why_foreign_card)
-        rename_ours(file, name, why_foreign)
-        if name != paths.recommendation_file(study.path):
-            told = f"{file.name} was the plan for {budget_of(name):.4g} bpw, which is kept as {name}"
-            warnings.warn(f"{told}: {file.name} is for {budgets[0]:.4g} bpw now", Notice, stacklevel=2)
-    files = save(study, recommendations)
-    for one, file in zip(recommendations, files, strict=True):
-        facts, _ = _measured(study, one.plan)
-        content = plan_card(study.parts, one.plan, facts, one.words)
-        write_atomically(paths.card_file(file), content.encode("utf-8", "replace"))
-    return files
-
-
 def _instead(study: Study, plan: Plan, name: str) -> str:
     """A sentence that offers the best plan that a runtime can load instead of this one."""
     try:
@@ -296,24 +262,3 @@ def _instead(study: Study, plan: Plan, name: str) -> str:
         f"`sensitivity legalize {shell_word(study.path)} --runtime {name} "
         f"--bpw {math.ceil(1000 * best.before.bpw) / 1000:g} --out plan.json` writes it"
     )
-
-
-def _measured(study: Study, plan: Plan) -> tuple[TrialFacts, Path | None]:
-    """What the trial of a plan measured, on fresh examples where it was verified, and the file of its answers."""
-    verification = paths.verification_folder(study.path)
-    verified = [Study(verification)] if (verification / paths.JOURNAL).exists() else []
-    for one in (*verified, study):
-        trials = {trial.key: trial for trial in one.measured() if trial.state == TrialState.COMPLETE}
-        if trial := trials.get(plan.key):
-            native = trials.get(study.native.key)
-            facts: TrialFacts = {
-                "scores": trial.scores,
-                "path": trial.path,
-                "versions": trial.versions or None,
-                "full_precision_scores": native.scores if native else {},
-                "answers": one.counts_by_kind(plan),
-                "meta": one.meta,
-                "note": one.meta.get("note"),
-            }
-            return facts, paths.answers_file(one.path, plan.key) if one.examples(plan) is not None else None
-    return {}, None

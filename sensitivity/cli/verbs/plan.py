@@ -70,7 +70,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Score, measure, verify and store a plan for each budget; or forecast that with --dry-run."""
     began = time.monotonic()
     requested = _checked(args)
-    from sensitivity.api.exporting import check_may_save
     from sensitivity.api.planning import (
         begin_plan,
         meetable,
@@ -79,6 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         warn_if_calibration_is_easier,
         warn_if_scores_misjudge,
     )
+    from sensitivity.api.saved_recommendations import check_may_save
     from sensitivity.api.scoring import scored
     from sensitivity.measure.generate.batches import check_tasks_fit
 
@@ -153,8 +153,8 @@ def _verified(
     args: argparse.Namespace, vlm: VLM, scoring: Scored, study: Study, request: PlanRequest, proposals: Proposed
 ) -> dict[str, object]:
     """Run the best plans of each budget on fresh examples; store, print and return what is recommended."""
-    from sensitivity.api.exporting import save_with_cards
     from sensitivity.api.recommending import begin_recommendation
+    from sensitivity.api.saved_recommendations import save_with_cards
     from sensitivity.study.counting import count
     from sensitivity.study.storage.paths import card_file
 

@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     from sensitivity.analysis.atlas.priors import check_priors, expect_from, schemes_of
     from sensitivity.analysis.observations import observations_of
     from sensitivity.analysis.recommending.kept_recommendation import check_request
-    from sensitivity.api.exporting import check_may_save
     from sensitivity.api.recommending import begin_recommendation
+    from sensitivity.api.saved_recommendations import check_may_save
     from sensitivity.formats.timing.kept_times import kept_times_if_any, load_kept_times
     from sensitivity.models.loading import device_of, dtype_of
     from sensitivity.spec.limits import warn_of_idle_widths
@@ -146,7 +146,7 @@ def _saved(study: Study, best: Sequence[Recommendation]) -> tuple[list[Recommend
     same plan, the verified one is shown.
     """
     from sensitivity.analysis.recommending.kept_recommendation import instead_of
-    from sensitivity.api.exporting import save_with_cards
+    from sensitivity.api.saved_recommendations import save_with_cards
 
     kept = [instead_of(study, one) if one.measured is None else None for one in best]
     stored = [verified or one for verified, one in zip(kept, best, strict=True)]
