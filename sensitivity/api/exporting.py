@@ -12,8 +12,7 @@ from typing import TypedDict, Unpack
 
 import torch
 
-from sensitivity.analysis.allocate.budget import Candidate, solve
-from sensitivity.analysis.allocate.knapsack import Knapsack
+from sensitivity.analysis.allocate.budget import Candidate
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.api.imported_plans import plan_of_model
 from sensitivity.api.recommending import FRESH
@@ -36,7 +35,6 @@ from sensitivity.spec.errors import Failed, Notice, UserError, check_is, reason,
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.rules import violations
-from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.stored_bits import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired_difference, summarize
@@ -187,14 +185,14 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Calibr
 def export_from(
     source: Path, bpw: float | None, out: Path, format: str, force: bool, **options: Unpack[ExportOptions]
 ) -> Path:
-    """Export a plan.json, or the plan of a study that is predicted to be best for a budget."""
+    """Export a plan.json, or the plan of a study that is predicted to be best for a budget and can be held so."""
     may_be_written(out, format, force, [source])  # before anything is read
     runtime = options.get("runtime")
     if source.suffix == ".json":
         study, plan, facts = _read_plan(source)
     else:
         study, facts = Study(source), {}
-        best = _best_plan(study, bpw, format if format in FILES else runtime, runtime)
+        best = _best_plan(study, bpw, runtime or format)
         warnings.warn(_choice_in_words(study, best, runtime), Notice, stacklevel=2)
         plan = best.plan
     return export(study, plan, out, format, force, facts, keep=[source], **options)
@@ -220,16 +218,11 @@ def _read_plan(source: Path) -> tuple[Study, Plan, Mapping[str, object]]:
     return study, plan, facts
 
 
-def _best_plan(study: Study, bpw: float | None, counted: str | None, legal_in: str | None = None) -> Candidate:
-    """The plan of a study that is predicted to be best for a budget.
-
-    `counted`: the runtime or format whose files the budget counts. `legal_in`: the runtime that must load the plan.
-    """
+def _best_plan(study: Study, bpw: float | None, runtime: str) -> Candidate:
+    """The plan of a study that is predicted to be best for a budget, of those that a runtime or format can hold."""
     if bpw is None:
         raise UserError(f"a study holds many plans: name a budget, `{study.path} --bpw 4.0`, or give a plan.json")
-    if legal_in is not None:
-        return best_legal_plan(study, legal_in, bpw)
-    return solve(study, bpw=bpw, knapsack=Knapsack.of(study, study.tasks[:1], files_of(counted)))[0]
+    return best_legal_plan(study, runtime, bpw)
 
 
 def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
@@ -239,10 +232,11 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
     if scores := measured_facts(study, best.plan)[0].get("scores"):
         means = {task: score["mean"] for task, score in scores.items()}
         return f"{chosen}; measured: {', '.join(f'{task} {mean:.3f}' for task, mean in means.items())}"
-    predicted = {task: one.possible for task, one in best.predicted.items()}
+    native = next((trial.scores for trial in study.measured() if trial.plan.is_native), {})
+    predicted = {task: (one.possible.score, native.get(task)) for task, one in best.predicted.items()}
     shares = (
-        f"{task} {one.score:.3f}, {100 * one.score / one.full:.0f} % of full precision"
-        for task, one in predicted.items()
+        f"{task} {score:.3f}" + (f", beside {full['mean']:.3f} of full precision" if full else "")
+        for task, (score, full) in predicted.items()
     )
     typed = f"{shell_word(study.path)} --bpw {best.budget:g}" + (f" --runtime {runtime}" if runtime else "")
     return (

@@ -15,7 +15,7 @@ from sensitivity.formats.gguf import exporter as gguf
 from sensitivity.formats.table import EXPECTED
 from sensitivity.formats.writing import manifest, own_process
 from sensitivity.formats.writing.manifest import Manifest, TrialFacts
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.study import answers as stored_answers
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def verify(folder: Path | str, device: str = "cpu") -> dict[str, object]:
     outcome: dict[str, object] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "key": facts["key"]}
     if damage := manifest.damaged_files(folder, facts):
         outcome |= {"verdict": "damaged", "words": f"not as it was written: {'; '.join(damage)}; export again"}
+    elif facts["format"] == "plan":
+        outcome |= {
+            "verdict": "whole",
+            "words": "the plan is as it was written; it holds no weights that could answer: "
+            f"`sensitivity export {shell_word(folder / 'plan.json')} --format NAME --out DIR` writes some",
+        }
     elif not facts["runs"]:
         outcome |= {
             "verdict": "whole",

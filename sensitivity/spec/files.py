@@ -130,10 +130,10 @@ def check_may_write(out: Path, force: bool, why_foreign: WhyForeign, keep: Itera
         raise UserError(f"{folder} may not be written; choose another --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
+    if why := why_foreign(out):  # before --force is advised
+        raise UserError(f"{out} is not replaced: {why}; choose another --out")
     if not force:
         raise UserError(f"{out} is already there; choose another --out or add --force (in Python, force=True)")
-    if why := why_foreign(out):
-        raise UserError(f"{out} is not replaced: {why}; choose another --out")
 
 
 def check_may_replace(file: Path, why_foreign: WhyForeign) -> None:

@@ -196,7 +196,7 @@ class Plan:
         if missing or extra:
             problems = ("missing", missing), ("unknown", extra)
             raise UserError(
-                f"the plan is for other components: {'; '.join(f'{w} {_few(n)}' for w, n in problems if n)}"
+                f"the plan is for other components: {'; '.join(f'{w} {few_names(n)}' for w, n in problems if n)}"
             )
 
     @property
@@ -279,7 +279,8 @@ def without_unused_cache(component: Component, scheme: Scheme | None) -> Scheme 
     return scheme.without_cache
 
 
-def _few(names: Sequence[str]) -> str:
+def few_names(names: Sequence[str]) -> str:
+    """The first four of many names."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 

@@ -410,7 +410,7 @@ def test_the_command_line_adds_and_predicts(
     assert cli.main([*line.replace("13,14", "1,13").split(), "--json"]) == 2  # the other budget is answered
     partly = json.loads(capsys.readouterr().out)
     assert partly["frontier"] == facts["frontier"][:1]
-    assert partly["error"].startswith("1 bpw: no plan fits 1.00 bpw")
+    assert partly["error"].startswith("no plan fits 1.00 bpw")
     assert cli.main(line.split()) == 0
     said = capsys.readouterr().out
     assert "predicted from 2 models (m0, m1; a); nothing of it was measured" in said

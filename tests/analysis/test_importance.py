@@ -343,6 +343,8 @@ def test_few_plans_have_no_intervals_which_is_said_once(tmp_path: Path, capsys: 
     study = planted.study(tmp_path, {"a": lambda bits: (8 - 2 * (bits[:, 0] == 3)) / 36 * (bits[:, 1] != 3)}, rows=rows)
     found = rank(study)
     assert found.no_intervals.startswith("9 trials give no intervals: ")
+    assert re.match(r"<Ranking for a of 9 trials: \w+ \d+ %, \w+ \d+ %, \w+ \d+ %", repr(found))  # for users of Python
+    assert repr(found).endswith(f". {found.no_intervals}>")
     assert rank(planted.observations(planted.product), bootstraps=2, thorough=False).no_intervals == ""
     assert rank(planted.observations(planted.product), bootstraps=0, thorough=False).no_intervals == ""
     print_ranking(found)

@@ -243,6 +243,37 @@ def test_no_advice_comes_from_a_ranking_that_explains_nothing(study: Study, tmp_
     assert re.search(r"\(shares of the differences in score: \w+ \d+ % \[\d+, \d+\],", text)
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_advice_names_the_fewest_bits_of_plans_that_are_of_use(tmp_path: Path) -> None:
+    def lost(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(1 - 0.3 * (bits[:, 0] < 4) - 0.3 * (bits[:, 2] < 8))
+
+    study = planted.study(tmp_path / "study", {"vqa": lost}, levels=(2, 4, 8, 16))
+    text = report(study, tmp_path / "report", bootstraps=1).read_text()
+    vision, _, language = planted.PARTS
+    listed = f"{language} at 8 bits or more; {vision} at 4 bits or more"
+    assert f"The measured plans that keep 90 % of full precision (23 of 63) have {listed}." in text
+
+    def little(bits: np.ndarray) -> np.ndarray:
+        return np.asarray(np.where(bits.min(axis=1) == 16, 1.0, 0.5 + 0.1 * (bits[:, 0] > 2)))
+
+    none = planted.study(tmp_path / "none", {"vqa": little}, levels=(2, 4, 16))
+    text = report(none, tmp_path / "lost", bootstraps=1).read_text()
+    assert "No measured plan keeps 90 % of full precision." in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_a_budget_buys_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    study = planted.study(tmp_path / "study", {"vqa": planted.product}, noise=0.02)
+    text = report(study, tmp_path / "report", bootstraps=1).read_text()
+    rows = re.findall(r"<tr>(<td>\d+\.\d</td>.*?)</tr>", text.split("What each budget buys</h2>")[1])
+    assert len(rows) > 3
+    for row in rows:
+        cells = [re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td.*?</td>", row)]
+        score = next(trial for trial in study.measured() if trial.plan.describe() == cells[6]).scores["vqa"]["mean"]
+        assert float(cells[3]) == pytest.approx(score, abs=6e-4)
+
+
 def test_captions_name_what_the_cells_show(study: Study) -> None:
     """The largest cell beside the strongest pair over all plans, and whose share a cell of left-out widths is."""
     found = rank(study, bootstraps=2)

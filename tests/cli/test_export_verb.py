@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -33,10 +34,19 @@ def test_an_export_for_a_budget_says_which_plan_was_chosen_and_whether_it_was_me
     said = capsys.readouterr().err
     assert "note: chosen for 6 bpw: vision " in said
     assert "which was never measured; predicted: vqa 0." in said
-    assert " % of full precision; `sensitivity recommend " in said
+    assert re.search(r"predicted: vqa 0\.\d+, beside 1\.000 of full precision; `sensitivity recommend ", said)
     assert f"{path} --bpw 6` measures the best plans" in said
+    native = next(trial for trial in Study(path).measured() if trial.plan.is_native).scores["vqa"]["mean"]
+    assert f"beside {native:.3f} of full precision" in said
     assert cli.main(["export", str(path), "--bpw", "16", "--out", str(tmp_path / "full.json")]) == 0
     assert "measured: vqa 1.000" in capsys.readouterr().err
+    assert cli.main(["export", str(path), "--bpw", "6", "--out", str(tmp_path / "plan")]) == 0
+    capsys.readouterr()
+    for verb, status in (("verify", 0), ("bench", 2)):  # a plan holds no weights that could answer
+        assert cli.main([verb, str(tmp_path / "plan")]) == status
+        told = "".join(capsys.readouterr())
+        assert "no weights" in told
+        assert f"`sensitivity export {tmp_path}/plan/plan.json --format NAME --out DIR` writes some" in told
 
 
 @pytest.mark.parametrize("levels", [(2, 16), (8, 16), (16,)])

@@ -70,7 +70,7 @@ def test_a_budget_that_no_plan_meets_refuses_only_itself(folder: Path, capsys: p
         capsys.readouterr()
         assert cli.main(typed.split()) == 2
         out = json.loads(capsys.readouterr().out)
-        assert out["error"].startswith("1 bpw: no plan fits 1.00 bpw")
+        assert out["error"].startswith("no plan fits 1.00 bpw")
         assert out["error"].endswith("can be reached; ask for more")
         assert out[key]
     assert [one["budget_bpw"] for one in out["budgets"]] == [4.0]

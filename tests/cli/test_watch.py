@@ -61,7 +61,7 @@ def test_it_ends_where_the_sweep_was_killed(tmp_path: Path, capsys: pytest.Captu
     assert main(["watch", str(made.path), "--every", "1"]) == 0
     out = capsys.readouterr().out
     assert "0 plans done, 0 running, 2 waiting, 1 stopped as their process ended; no process is known to work" in out
-    assert f"the command that began it, with --out {made.path}, goes on" in out
+    assert f"to go on, type the command that began it again, with --out {made.path}" in out
     assert made.counts()["running"] == 1, "it changes nothing"
     assert main(["watch", str(made.path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

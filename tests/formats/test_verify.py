@@ -16,6 +16,8 @@ import pytest
 import saved_vlms
 from PIL import Image
 
+from sensitivity.analysis.allocate import legal
+from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.reporting.page import report
 from sensitivity.api import exporting
 from sensitivity.api.recommending import recommend
@@ -30,7 +32,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.files import begin_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import write_file
@@ -395,6 +397,22 @@ def test_an_illegal_export_says_what_breaks_and_what_fits_at_what_cost(planted: 
     assert "`sensitivity legalize" in said
 
 
+def test_of_a_study_the_best_plan_that_the_format_holds_is_exported(planted: Study, tmp_path: Path) -> None:
+    best = solve(planted, bpw=6.0)[0].plan
+    assert violations(planted.parts, best, "awq")  # so that leaving it out is what is tested
+    with pytest.warns(Notice, match=r"^chosen for 6 bpw: "):
+        exporting.export_from(planted.path, 6.0, tmp_path / "out", "awq", False)
+    plan = Plan.from_json(manifest.read(tmp_path / "out")["plan"])
+    assert plan == legal.best_legal_plan(planted, "awq", 6.0).plan
+    assert violations(planted.parts, plan, "awq") == []
+
+
+def test_a_format_that_holds_no_plan_of_a_study_says_what_to_sweep(planted: Study, tmp_path: Path) -> None:
+    """Not that a larger budget would do."""
+    with pytest.raises(UserError, match=r"^bnb can load no plan that this study measured; `sensitivity sweep "):
+        exporting.export_from(planted.path, 3.0, tmp_path / "out", "bnb", False)
+
+
 def test_legalize_writes_a_plan_that_export_takes(
     planted: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -407,8 +425,10 @@ def test_legalize_writes_a_plan_that_export_takes(
 
 
 def test_nothing_legal_was_measured(planted: Study) -> None:
-    none = r"bnb can load no plan that this study measured; it takes --method nf4 or fp4 or llm-int8 .*"
-    with pytest.raises(UserError, match=none + r"; `sensitivity sweep .* --method nf4 --bits 4 --out .*-bnb`"):
+    none = (
+        r"bnb can load no plan that this study measured; `sensitivity sweep .* --method nf4 --bits 4 --out .*-bnb` .*"
+    )
+    with pytest.raises(UserError, match=none + r"; it takes --method nf4 or fp4 or llm-int8 "):
         exporting.legalize(planted, Plan.uniform(planted.parts, rtn(3)), "bnb", bpw=4.0)
     with pytest.raises(
         UserError, match=r"^no plan that awq can load fits 2\.00 bpw \([^)]*\): with the measured widths"

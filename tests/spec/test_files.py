@@ -254,6 +254,8 @@ def test_only_an_export_and_nothing_more_is_replaced(tmp_path: Path) -> None:
     check_may_write(tmp_path / "other", False, manifest.why_foreign)  # an empty folder is as good as none
     (tmp_path / "other" / "file").write_text("text")
     assert "it is not an export (it has no sensitivity.json of ours)" in refused(tmp_path / "other")
+    with pytest.raises(UserError, match="it is not an export"):  # nor is --force advised, which would be refused
+        check_may_write(tmp_path / "other", False, manifest.why_foreign)
     (tmp_path / "other" / manifest.MANIFEST).write_text(json.dumps({**FACTS, "files": {}}))
     assert "its sensitivity.json lacks the mark of an export" in refused(tmp_path / "other")
 

@@ -108,6 +108,18 @@ def test_only_the_components_that_break_a_rule_are_named() -> None:
     assert found.startswith(", ".join(f"{name} (rtn:4)" for name in named) + ": groups of 64 do not divide rows of 40")
 
 
+def test_a_method_that_is_not_stored_is_the_only_thing_that_is_said() -> None:
+    """Another method has another grid; and of many parts, a few are named."""
+    parts = model("group.kind")
+    (found,) = violations(parts, Plan.uniform(parts, Scheme("uniform", 3, group="tensor")), "awq")
+    first, *others = parts.names
+    assert found.startswith(f"{first} (uniform:3), ")
+    assert f" and {len(others) - 3} more: AutoAWQ's layout cannot hold what uniform stores; use --method rtn" in found
+    told = violations(parts, Plan.uniform(parts, rtn(3, 512)), "awq")
+    assert any(one.endswith("AutoAWQ's layout loads symmetric codes of 4 bits, not 3") for one in told)
+    assert not any("takes groups" in one for one in told)  # those of 3 bits mean nothing there
+
+
 def test_biases_are_kept_by_packed_formats() -> None:
     parts = model()
     plan = Plan.uniform(parts, Scheme("rtn", 4, settings=(("biases", True),)))

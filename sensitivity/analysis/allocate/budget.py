@@ -119,7 +119,8 @@ def of_met(budgets: Sequence[float], find: Callable[[float], Found]) -> tuple[di
             failures[bpw] = error
     if not met:
         raise failures[budgets[0]]
-    return met, [f"{bpw:g} bpw: {error}" for bpw, error in failures.items()]
+    # a sentence that names its budget says so in bytes, too, where the user did
+    return met, [str(e) if f"{bpw:.2f} bpw" in str(e) else f"{bpw:g} bpw: {e}" for bpw, e in failures.items()]
 
 
 def spend(

@@ -160,11 +160,13 @@ def _usable(study: Study, runtime: str, knapsack: Knapsack) -> list[Scheme]:
         return restrict(study.parts, sorted(known, key=str), runtime)[0]
     except UserError as error:
         model, tasks = study.meta.get("model", "MODEL"), study.meta.get("tasks")  # an imported table names no tasks
-        typed = (f"--task {shell_word(','.join(tasks))} " if tasks else "") + sweep_flags(runtime)
+        typed = f"--by {study.parts.by} {sweep_flags(runtime)}"
+        if tasks:
+            typed = f"--task {shell_word(','.join(tasks))} --n {study.meta['n']} {typed}"
         raise UserError(
-            f"{runtime} can load no plan that this study measured; it takes {abilities(runtime)}; "
-            f"`sensitivity sweep {shell_word(model)} {typed} --out {shell_word(f'{study.path}-{runtime}')}` measures "
-            "some that it can load"
+            f"{runtime} can load no plan that this study measured; `sensitivity sweep {shell_word(model)} {typed} "
+            f"--out {shell_word(f'{study.path}-{runtime}')}` measures some that it can load; it takes "
+            f"{abilities(runtime)}"
         ) from error
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 from sensitivity.study.counting import count
 
 TITLES = {"shap": "SHAP", "fanova": "fANOVA", "ped_anova": "PED-ANOVA"}  # estimators whose name is not their title
+SHOWN = 5  # components that the short form of a ranking names
 Values = dict[str, object]  # a row of a table by column, as JSON values
 
 
@@ -36,7 +37,7 @@ class RankingJson(TypedDict):
     choice: NotRequired[Values | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ranking:
     """How much of the score each component decides. `table` has a row per component, most important first.
 
@@ -64,6 +65,14 @@ class Ranking:
     method: str | None = None
     near: float | None = None  # only trials that are predicted to keep at least this share of full precision
     choice: dict[str, float] | None = None  # what the choice of method decides: its shares, as the columns of `table`
+
+    def __repr__(self) -> str:
+        """The first few components with their shares, and what is to be known of them; tables hold the rest."""
+        first = [f"{name} {share:.0f} %" for name, share in self.table["consensus"].head(SHOWN).items()]
+        shares = ", ".join(first) + (", …" if len(self.table) > SHOWN else "")
+        cautions = f"; {count(len(self.warnings), 'warning')}" if self.warnings else ""
+        told = f". {self.no_intervals[0].upper()}{self.no_intervals[1:]}" if self.no_intervals else ""
+        return f"<Ranking for {self.task} of {count(self.trials, 'trial')}: {shares}{cautions}{told}>"
 
     @property
     def order(self) -> tuple[str, ...]:

@@ -156,6 +156,7 @@ class TaskPage:
     best: list[FrontierRow] = field(default_factory=list)  # plans on the frontier
     left_out: str = ""  # a sentence on those that are not shown
     budgets: list[Candidate] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)  # by key of a plan in `budgets`: its score in this study
 
     @property
     def counted(self) -> bool:
@@ -201,6 +202,8 @@ def _task_page(
     page.pictures = [(picture, picture.inline(page.slug)) for picture in drawn if picture.name != "pareto"]
     page.best, page.left_out = rows_of_frontier(study, rows, task)
     page.budgets = _budgets(study, task)
+    found = {trial.key: trial.scores[task]["mean"] for trial in study.measured() if task in trial.scores}
+    page.measured = {one.plan.key: found[one.plan.key] for one in page.budgets if one.plan.key in found}
     return page
 
 

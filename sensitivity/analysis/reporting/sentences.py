@@ -13,7 +13,9 @@ from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.ranking import MIN_TRIALS, rank_correlations
 from sensitivity.analysis.importance.types import TITLES, Ranking
 from sensitivity.analysis.recommending.recommendation import Recommendation, what_is_lost
+from sensitivity.analysis.reporting.table_rows import quantized
 from sensitivity.spec.errors import shell_word
+from sensitivity.spec.plan import few_names
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
 from sensitivity.study.study import Study
@@ -40,7 +42,7 @@ def summary(
     ranked = [ranking for ranking in rankings if ranking is not None]
     plans = [plan_to_use(one) for one in recommendations] or [_choose_a_budget(study, table, budgets)]
     return ReportSummary(
-        (*plans, *map(_advice, ranked)),
+        (*plans, *(f"{_advice(ranking)}{_least_widths(ranking, table)}" for ranking in ranked)),
         (*_sure(study, recommendations, ranked), *grown),
         tuple(_change(study, recommendations, ranked)),
     )
@@ -88,7 +90,29 @@ def _advice(ranking: Ranking) -> str:
         if worst is not None and worst["changes_first"]
         else ""
     )
-    return f"For {ranking.task}, {f'keep {kept}, and ' if kept else ''}spend bits on {first} first ({ends}){but}."
+    return f"For {ranking.task}, spend bits on {first} first ({ends}){but}."
+
+
+def _least_widths(ranking: Ranking, table: pd.DataFrame) -> str:
+    """The fewest bits of each part in the measured plans that are of use, where fewer were tried; or nothing."""
+    rows, full = quantized(table), table.loc[table["native"], ranking.task].mean()
+    names = [name for name in ranking.order if name in rows]
+    if not full > 0:
+        return ""
+    kept = f"{100 * robustness.NEAR:.0f} % of full precision"
+    keeping = rows[rows[ranking.task] >= robustness.NEAR * full]
+    if not len(keeping):
+        return f" No measured plan keeps {kept}."
+    least, tried = keeping[names].min(), rows[names].min()
+    at_least: dict[float, list[str]] = {}
+    for name in names:
+        if least[name] > tried[name]:
+            at_least.setdefault(least[name], []).append(name)
+    listed = "; ".join(
+        f"{few_names(at_least[bits])} at {robustness.width_in_words(bits)}{' or more' if bits < 16 else ''}"
+        for bits in sorted(at_least, reverse=True)
+    )
+    return f" The measured plans that keep {kept} ({len(keeping):,} of {len(rows):,}) have {listed}." if listed else ""
 
 
 def _doubt(ranking: Ranking) -> str:

@@ -76,10 +76,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                 error = found.error if math.isfinite(found.error) else None
                 rows.append(
                     {"weights": str(scheme), "task": one.name, "component": pattern, "activations": bits,
-                     "drafted": found.drafted, "accepted": found.accepted, "rate": found.rate, "error": error}
+                     "drafted": found.drafted, "accepted": found.accepted, "rate": found.rate, "error": error,
+                     "images": len(set(found.clusters))}
                 )  # fmt: skip
                 if not args.json:
-                    print(f"{scheme} {one.name} {pattern}: {bits} bits, {found.rate:.3f}", file=sys.stderr)
+                    rounded = "all" if pattern == ALL else pattern
+                    print(f"{scheme}, {one.name}: {rounded} at {bits} bits, {found.rate:.3f} accepted", file=sys.stderr)
     if not args.json:
         show(rows, args.draft)
     return {"model": vlm.name, "draft": args.draft, "rates": rows}
@@ -87,11 +89,14 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def show(rows: list[dict[str, Any]], draft: int) -> None:
     """Print a row for each component, and a column for each width."""
+    from sensitivity.study.counting import count
+
     widths = list(dict.fromkeys(row["activations"] for row in rows))
     found = {(row["weights"], row["task"], row["component"], row["activations"]): row for row in rows}
     kinds = list(dict.fromkeys(key[:3] for key in found))
     print_table(
-        f"Share of drafted tokens that are accepted, {draft} at a time, plus or minus a standard error",
+        f"Share of drafted tokens that are accepted, {draft} at a time, plus or minus a standard error over "
+        f"{count(rows[0]['images'], 'image')}",
         ("weights", "task", "rounded", *(f"{bits} bits" for bits in widths)),
         [
             (
@@ -106,5 +111,9 @@ def show(rows: list[dict[str, Any]], draft: int) -> None:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    """An acceptance rate with its standard error, which is unknown for a single image."""
-    return f"{row['rate']:.3f}" + (f" ± {row['error']:.3f}" if row["error"] is not None else "")
+    """An acceptance rate with its standard error; unknown for one image, and where all or no drafts are right."""
+    if row["error"] is None:
+        return f"{row['rate']:.3f}"
+    if row["accepted"] in (0, row["drafted"]):
+        return f"{row['rate']:.3f} ({row['accepted']} of {row['drafted']})"
+    return f"{row['rate']:.3f} ± {row['error']:.3f}"

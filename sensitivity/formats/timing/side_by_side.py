@@ -21,7 +21,7 @@ from sensitivity.formats.writing.job import Job
 from sensitivity.formats.writing.manifest import Manifest
 from sensitivity.formats.writing.unfinished import temporary_folder
 from sensitivity.models.discovery import inspect
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, shell_word, unknown
 from sensitivity.spec.files import finite, write_atomically
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.table import RUNTIMES, files_of
@@ -111,6 +111,11 @@ def _checked(
     """Raise an error before any slow work if something is wrong; returns the runtime, the base model and the task."""
     format = facts["format"]
     own = format if format in CHECK else "transformers"
+    if format == "plan":
+        raise UserError(
+            f"{folder} is a plan and holds no weights: "
+            f"`sensitivity export {shell_word(folder / 'plan.json')} --format NAME --out DIR` writes some"
+        )
     if not facts["runs"]:
         *some, last = CHECK
         timed = f"{', '.join(some)} and {last}"

@@ -7,7 +7,18 @@ from collections.abc import Iterator, Sequence
 from sensitivity.spec.components import VOCABULARY, Component, ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import merge_groups
-from sensitivity.spec.plan import ACTIVATION_SCALE, ATTENTION, MATCH, NOT_ROUNDED, PRUNE, SOFTMAX, TWEAK, Plan, Scheme
+from sensitivity.spec.plan import (
+    ACTIVATION_SCALE,
+    ATTENTION,
+    MATCH,
+    NOT_ROUNDED,
+    PRUNE,
+    SOFTMAX,
+    TWEAK,
+    Plan,
+    Scheme,
+    few_names,
+)
 from sensitivity.spec.runtimes.table import Choice, Runtime, files_of, runtime
 from sensitivity.spec.sizes import Size, size
 
@@ -22,8 +33,10 @@ def refusals(component: Component, scheme: Choice, name: str, shaped: bool = Tru
     if scheme is None:
         return
     yield from _of_component(component, able)
-    yield from _of_method(scheme, able)
-    yield from _of_grid(scheme, able)
+    if not_stored := list(_of_method(scheme, able)):  # another method has another grid
+        yield from not_stored
+    else:
+        yield from _of_grid(scheme, able)
     yield from _of_rounding(scheme, able)
     if scheme.get("biases") and not able.biases:
         yield f"{able.title} keeps biases in full precision; leave out --biases"
@@ -75,6 +88,7 @@ def _of_grid(scheme: Scheme, able: Runtime) -> Iterator[str]:
         yield f"{able.title} loads no {kind} codes; use --{'no-' if scheme.symmetric else ''}symmetric"
     elif scheme.bits not in widths:
         yield f"{able.title} loads {kind} codes of {comma_list(widths)} bits, not {scheme.bits}"
+        return
     groups = able.groups_of.get(scheme.bits, able.groups)
     if groups is not None and scheme.group not in groups:
         yield f"{able.title} takes groups of {comma_list(groups)} at {scheme.bits} bits, not {scheme.group}"
@@ -136,7 +150,7 @@ def violations(parts: ComponentMap, plan: Plan, name: str) -> list[str]:
     for component in parts.components:
         for refusal in refusals(component, plan[component.name], name, parts.shaped):
             refused.setdefault(refusal, []).append(f"{component.name} ({_scheme(plan[component.name])})")
-    broken = [f"{', '.join(components)}: {refusal}" for refusal, components in refused.items()]
+    broken = [f"{few_names(components)}: {refusal}" for refusal, components in refused.items()]
     for group in tied(parts, name):
         schemes = {plan[member] for member in group}
         if len(schemes) > 1:

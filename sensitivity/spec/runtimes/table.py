@@ -222,6 +222,9 @@ def sweep_flags(name: str) -> str:
         flags += [f"--method {able.methods[0]}", f"--bits {able.symmetric[0]}"]
     if not able.symmetric:
         flags.append("--no-symmetric")
-    if able.groups is not None and "row" not in able.groups:
+    if able.groups_of:  # one sweep has one size of groups: that of the fewest bits
+        bits = min(able.groups_of)
+        flags.append(f"--bits {bits} --group {able.groups_of[bits][0]}")
+    elif able.groups is not None and "row" not in able.groups:
         flags.append(f"--group {able.groups[0]}")
     return " ".join(flags)

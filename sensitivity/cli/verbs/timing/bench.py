@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def show(found: Bench) -> None:
     """Print the times and the memory of both, and how many times faster the export is."""
     ours, full, tokens = found["export"], found["full_precision"], found["tokens"]
-    rows: list[tuple[str, ...]] = [("on disk", _size(ours["bytes"]), _size(full["bytes"]), "")]
+    # a model that is no folder, such as an embedded one, has no size on disk
+    on_disk = "folder on disk", _size(ours["bytes"]), _size(full["bytes"]) if full["bytes"] else "no folder", ""
+    rows: list[tuple[str, ...]] = [on_disk]
     if ours["memory"] and full["memory"]:
         for kind, count in ours["memory"].items():
             rows.append((f"memory, {kind}", _size(count), _size(dict(full["memory"])[kind]), ""))
