@@ -88,7 +88,7 @@ def test_it_ends_where_the_sweep_was_killed_between_two_plans(
     assert main(["watch", str(made.path), "--every", "1"]) == 0
     assert time.monotonic() - began > 2.5
     out = capsys.readouterr().out
-    assert "1 plans done, 0 running, 2 waiting; no process is known to work on them; the command that" in out
+    assert "1 plans done, 0 running, 2 waiting; no process is known to work on them; to go on, type " in out
 
 
 def test_it_waits_for_a_study_that_is_not_there_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

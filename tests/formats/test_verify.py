@@ -407,6 +407,17 @@ def test_of_a_study_the_best_plan_that_the_format_holds_is_exported(planted: Stu
     assert violations(planted.parts, plan, "awq") == []
 
 
+def test_a_plan_holds_no_weights_that_could_answer(
+    planted: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exporting.export(planted, Plan.uniform(planted.parts, rtn(4)), tmp_path / "plan")
+    for verb, status in (("verify", 0), ("bench", 2)):
+        assert cli.main([verb, str(tmp_path / "plan")]) == status
+        told = "".join(capsys.readouterr())
+        assert "holds no weights" in told
+        assert f"`sensitivity export {tmp_path}/plan/plan.json --format NAME --out DIR` writes some" in told
+
+
 def test_a_format_that_holds_no_plan_of_a_study_says_what_to_sweep(planted: Study, tmp_path: Path) -> None:
     """Not that a larger budget would do."""
     with pytest.raises(UserError, match=r"^bnb can load no plan that this study measured; `sensitivity sweep "):
