@@ -227,7 +227,7 @@ def test_of_very_many_plans_near_one_those_are_compared_that_promise_most(
 
 
 LOWER = r", or sweep lower widths \(--bits\)"
-OTHER = ", or choose another --runtime: in this one, no lower widths would be small enough"
+OTHER = ", or name another runtime or format: in this one, no lower widths would be small enough"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_lower_widths_are_not_advised_where_a_runtime_has_none(
     assert cli.main([*line.split(), "--json", "--out", str(tmp_path / "run")]) == 2
     told = json.loads(capsys.readouterr().out)["error"]
     assert f"with these widths, {least} to" in told
-    end = f"ask for more, or choose another --runtime: in {runtime} files, no lower widths would be small enough"
+    end = f"ask for more, or name another runtime or format: in {runtime} files, no lower widths would be small enough"
     assert told.endswith(end)
 
 

@@ -96,7 +96,7 @@ def _what_would_fit(
     held = loadable is not None or knapsack.format is not None
     if held and _least_bits(knapsack, allowed, None) <= budget:
         files = f"in {knapsack.format} files" if knapsack.format else "in this one"
-        return f"choose another --runtime: {files}, no lower widths would be small enough"
+        return f"name another runtime or format: {files}, no lower widths would be small enough"
     return ""
 
 
