@@ -117,12 +117,15 @@ def summary(table: pd.DataFrame) -> str:
         worst, errors = rows.loc[rows["to_sweep"].idxmin()], [error_of_mean(own) for _, own in rows.groupby(KEYS[:2])]
         spread = np.linalg.norm(errors) / len(errors)  # models and tasks err each by itself
         timed = rows.dropna(subset=["cpu_s"])
-        ratio = timed["cpu_s"] / timed["sweep_cpu_s"]
+        seconds = "– | –"
+        if len(timed):
+            each = timed["cpu_s"] / timed["sweep_cpu_s"]
+            seconds = f"{timed['cpu_s'].sum() / timed['sweep_cpu_s'].sum():.0%} | {each.max():.0%}"
         lines.append(
             f"| {model} | {task} | {len(rows)} | {rows['to_sweep'].mean():+.4f} ± {spread:.4f} | "
             f"{worst['to_sweep']:+.4f} ± {worst['se']:.4f} ({worst['bpw']:g} bpw, seed {worst['seed']}) | "
             f"{(rows['to_sweep'] < -CLEARLY * rows['se']).sum()} | {(rows['to_sweep'] > CLEARLY * rows['se']).sum()} | "
-            f"{timed['cpu_s'].sum() / timed['sweep_cpu_s'].sum():.0%} | {ratio.max():.0%} |"
+            f"{seconds} |"
         )
     return "\n".join(lines)
 
