@@ -533,12 +533,13 @@ def test_modelopt_names_an_algorithm_per_module(exports: Path) -> None:
 def test_what_is_there_stays_without_force(parts: ComponentMap, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
+    for force in (False, True):  # without it, --force is not advised, since it would be refused
+        with pytest.raises(UserError, match="out is not replaced: it is not an export"):
+            write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors", force=force)
+        assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    write(job(parts, {}, rtn(4)), tmp_path / "ours", "compressed-tensors")
     with pytest.raises(UserError, match="already there; choose another --out or add --force"):
-        write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors")
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
-    with pytest.raises(UserError, match="out is not replaced: it is not an export"):
-        write(job(parts, {}, rtn(4)), tmp_path / "out", "compressed-tensors", force=True)
-    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+        write(job(parts, {}, rtn(4)), tmp_path / "ours", "compressed-tensors")
 
 
 def test_an_interruption_leaves_nothing_that_looks_finished(parts: ComponentMap, tmp_path: Path) -> None:
