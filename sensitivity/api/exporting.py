@@ -35,6 +35,7 @@ from sensitivity.spec.errors import Failed, Notice, UserError, check_is, reason,
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.rules import violations
+from sensitivity.spec.runtimes.table import RUNTIMES
 from sensitivity.spec.stored_bits import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired_difference, summarize
@@ -185,7 +186,10 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Calibr
 def export_from(
     source: Path, bpw: float | None, out: Path, format: str, force: bool, **options: Unpack[ExportOptions]
 ) -> Path:
-    """Export a plan.json, or the plan of a study that is predicted to be best for a budget and can be held so."""
+    """Export a plan.json, or the plan of a study that is predicted to be best of those within a budget.
+
+    Of a study, only plans count that `runtime`, or else the format, can hold.
+    """
     may_be_written(out, format, force, [source])  # before anything is read
     runtime = options.get("runtime")
     if source.suffix == ".json":
@@ -193,7 +197,7 @@ def export_from(
     else:
         study, facts = Study(source), {}
         best = _best_plan(study, bpw, runtime or format)
-        warnings.warn(_choice_in_words(study, best, runtime), Notice, stacklevel=2)
+        warnings.warn(_choice_in_words(study, best, runtime or format), Notice, stacklevel=2)
         plan = best.plan
     return export(study, plan, out, format, force, facts, keep=[source], **options)
 
@@ -225,7 +229,7 @@ def _best_plan(study: Study, bpw: float | None, runtime: str) -> Candidate:
     return best_legal_plan(study, runtime, bpw)
 
 
-def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
+def _choice_in_words(study: Study, best: Candidate, runtime: str) -> str:
     """Which plan was chosen for a budget, and its scores as measured, or else as predicted and how to measure it."""
     counted = "" if best.size.sized else f" {best.size.counted}"
     chosen = f"chosen for {best.budget:g} bpw{counted}: {best.plan.describe()}"
@@ -238,7 +242,9 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str | None) -> str:
         f"{task} {score:.3f}" + (f", beside {full['mean']:.3f} of full precision" if full else "")
         for task, (score, full) in predicted.items()
     )
-    typed = f"{shell_word(study.path)} --bpw {best.budget:g}" + (f" --runtime {runtime}" if runtime else "")
+    typed = f"{shell_word(study.path)} --bpw {best.budget:g}" + (
+        f" --runtime {runtime}" if RUNTIMES[runtime].title else ""
+    )
     return (
         f"{chosen}, which was never measured; predicted: {', '.join(shares)}; `sensitivity recommend {typed}` measures "
         "the best plans, for an export of its plan.json"

@@ -12,7 +12,8 @@ import numpy as np
 import planted
 import pytest
 
-from sensitivity.api.exporting import _note, export
+from sensitivity.analysis.allocate.budget import Candidate
+from sensitivity.api.exporting import _choice_in_words, _note, export
 from sensitivity.cli import main as cli
 from sensitivity.cli.output.sweep_summary import _budget
 from sensitivity.models.discovery import inspect
@@ -36,6 +37,9 @@ def test_an_export_for_a_budget_says_which_plan_was_chosen_and_whether_it_was_me
     assert "which was never measured; predicted: vqa 0." in said
     assert re.search(r"predicted: vqa 0\.\d+, beside 1\.000 of full precision; `sensitivity recommend ", said)
     assert f"{path} --bpw 6` measures the best plans" in said
+    best = Candidate(planted.plan(planted.PARTS, [4, 4, 4]), Study(path).size(Study(path).native), 6.0, 0, {})
+    typed = _choice_in_words(Study(path), best, "awq")  # of other plans, awq may not load the best
+    assert f"{path} --bpw 6 --runtime awq` measures the best plans" in typed
     native = next(trial for trial in Study(path).measured() if trial.plan.is_native).scores["vqa"]["mean"]
     assert f"beside {native:.3f} of full precision" in said
     assert cli.main(["export", str(path), "--bpw", "16", "--out", str(tmp_path / "full.json")]) == 0

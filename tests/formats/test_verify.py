@@ -407,6 +407,16 @@ def test_of_a_study_the_best_plan_that_the_format_holds_is_exported(planted: Stu
     assert violations(planted.parts, plan, "awq") == []
 
 
+@pytest.mark.parametrize(
+    ("format", "subject"), [("plan", "no plan"), ("fake", "no plan"), ("awq", "no plan that awq can load")]
+)
+def test_a_budget_that_no_plan_meets_is_not_blamed_on_a_format_that_holds_any(
+    planted: Study, tmp_path: Path, format: str, subject: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{subject} fits 1\.00 bpw "):
+        exporting.export_from(planted.path, 1.0, tmp_path / "out", format, False)
+
+
 def test_a_plan_holds_no_weights_that_could_answer(
     planted: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

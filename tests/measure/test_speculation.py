@@ -105,3 +105,17 @@ def test_the_verb_says_what_the_function_says(scenes_llava: VLM, capsys: pytest.
         assert (rows[name]["drafted"], rows[name]["accepted"]) == (one.drafted, one.accepted)
     show(found, 2)
     assert f"{expected['*'].rate:.3f}" in capsys.readouterr().out
+
+
+def test_a_rate_without_a_known_error_shows_its_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each task, on so many images; nothing is known exactly because a few drafts were all right."""
+    same = {"weights": "rtn:4", "component": "*", "activations": 4, "drafted": 30}
+    rows = [
+        {**same, "task": "vqa", "images": 3, "accepted": 30, "rate": 1.0, "error": 0.0},
+        {**same, "task": "caption", "images": 20, "accepted": 15, "rate": 0.5, "error": 0.05},
+        {**same, "task": "ground", "images": 1, "accepted": 15, "rate": 0.5, "error": None},
+    ]
+    show(rows, 3)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-3:] == ["rtn:4 vqa 3 all 1.000 (30 of 30)", "rtn:4 caption 20 all 0.500 ± 0.050",
+                          "rtn:4 ground 1 all 0.500"]  # fmt: skip

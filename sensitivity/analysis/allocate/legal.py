@@ -16,7 +16,7 @@ from sensitivity.spec.limits import Allowed, intersection, merge_groups
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.loadable import restrict, searches
 from sensitivity.spec.runtimes.rules import tied, violations
-from sensitivity.spec.runtimes.table import abilities, files_of, sweep_flags
+from sensitivity.spec.runtimes.table import RUNTIMES, abilities, files_of, sweep_flags
 from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
@@ -147,6 +147,8 @@ def candidates(
         except UserError as error:
             failure = failure or error
     if not solved:
+        if failure is not None and not RUNTIMES[runtime].title:  # it holds any plan, such as fake
+            raise failure
         if isinstance(failure, NothingFits):
             raise UserError(f"no plan that {runtime} can load {failure.predicate}") from failure
         raise UserError(f"of the plans that {runtime} can load: {failure}") from failure

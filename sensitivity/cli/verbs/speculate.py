@@ -89,19 +89,17 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 def show(rows: list[dict[str, Any]], draft: int) -> None:
     """Print a row for each component, and a column for each width."""
-    from sensitivity.study.counting import count
-
     widths = list(dict.fromkeys(row["activations"] for row in rows))
     found = {(row["weights"], row["task"], row["component"], row["activations"]): row for row in rows}
     kinds = list(dict.fromkeys(key[:3] for key in found))
     print_table(
-        f"Share of drafted tokens that are accepted, {draft} at a time, plus or minus a standard error over "
-        f"{count(rows[0]['images'], 'image')}",
-        ("weights", "task", "rounded", *(f"{bits} bits" for bits in widths)),
+        f"Share of drafted tokens that are accepted, {draft} at a time, plus or minus a standard error over images",
+        ("weights", "task", "images", "rounded", *(f"{bits} bits" for bits in widths)),
         [
             (
                 weights,
                 name,
+                f"{found[weights, name, component, widths[0]]['images']:,}",
                 "all" if component == ALL else component,
                 *(_rate(found[weights, name, component, bits]) for bits in widths),
             )

@@ -33,9 +33,8 @@ def refusals(component: Component, scheme: Choice, name: str, shaped: bool = Tru
     if scheme is None:
         return
     yield from _of_component(component, able)
-    if not_stored := list(_of_method(scheme, able)):  # another method has another grid
-        yield from not_stored
-    else:
+    yield from _of_method(scheme, able)
+    if able.methods is None or scheme.method in able.methods:  # else the method must change, and with it the grid
         yield from _of_grid(scheme, able)
     yield from _of_rounding(scheme, able)
     if scheme.get("biases") and not able.biases:

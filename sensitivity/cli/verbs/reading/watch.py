@@ -118,6 +118,6 @@ def _is_over(study: Study, counts: dict[str, int]) -> bool:
 def _how_to_go_on(study: Study) -> str:
     """What to type where no process is known to run the plans that are left."""
     return (
-        f"no process is known to work on them; to go on, type the command that began it again, with "
+        "no process is known to work on them; to go on, type the command that began it again, with "
         f"--out {shell_word(study.path)}"
     )
