@@ -28,7 +28,8 @@ def check_calibration(
     stored count where no plan was measured yet.
     """
     needing = [one for one in schemes if needs_data(one)]
-    measured = _calibrations(schemes_of(Study(out))) if needing and paths.is_study(out) else []
+    study = Study.begun(out) if needing else None
+    measured = _calibrations(schemes_of(study)) if study else []
     known = measured or (_calibrations(attributions.schemes(out)) if needing else [])
     if not known:
         return

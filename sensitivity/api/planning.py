@@ -35,7 +35,6 @@ from sensitivity.spec.runtimes.rules import violations
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study.storage import expected
-from sensitivity.study.storage.paths import is_study
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 
@@ -258,9 +257,8 @@ def meetable(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanReques
 
 def was_found(out: Path, request: PlanRequest) -> bool:
     """Whether the plans that a study holds as its recommendations are verified ones for the same request."""
-    if not is_study(out):
+    if (study := Study.begun(out)) is None:
         return False
-    study = Study(out)
     saved, asked = recommended(study), replace(request, weights=weights_of(study)).to_json()
     return bool(saved) and all(one.measured and one.provenance.get("asked") == asked for one in saved)
 

@@ -23,7 +23,6 @@ from sensitivity.models.loading import device_of
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.plan import Scheme
-from sensitivity.study.storage.paths import is_study
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 
@@ -73,10 +72,10 @@ def scores_are_kept(
     device: str,
 ) -> bool:
     """Whether `scored` would find all of these scores in the cache, for the model that a study was measured on."""
-    cache = _cache(cache_gb)
-    if cache is None or not is_study(out):
+    cache, study = _cache(cache_gb), Study.begun(out)
+    if cache is None or study is None:
         return False
-    meta = Study(out).meta
+    meta = study.meta
     about = {"model": meta.get("fingerprint"), "dtype": f"torch.{meta.get('dtype')}"}
     origin = {**calibration_facts(tasks, calibration_examples(tasks, n, seed), seed, "float"), **about}
     return KeptScores(cache, origin, parts, schemes, device_of(device) or torch.device("cpu")).holds(names)

@@ -32,7 +32,6 @@ from sensitivity.study.examples import questions
 from sensitivity.study.identity import another_study
 from sensitivity.study.stopping import Until
 from sensitivity.study.storage.location import reachable_database
-from sensitivity.study.storage.paths import is_study
 from sensitivity.study.study import Study
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import check_distinct, find
@@ -146,15 +145,19 @@ def dtype_for(name: str, device: str, out: Path | str | None) -> tuple[str | Non
     return "float32", f"computing in float32: {dtype}, as stored, is {times:.1f} times slower here (--dtype overrides)"
 
 
-def keys_of_measured(out: Path | str, tasks: Sequence[str], n: int, seed: int) -> list[str]:
-    """The keys of the plans that a sweep into this folder would find finished; an error if it holds another study."""
-    if not is_study(Path(out)):
-        return []
-    study = Study(out)
+def check_same_study(out: Path | str, tasks: Sequence[str], n: int, seed: int) -> None:
+    """Raise an error if this folder holds a study of other tasks, or on other examples; no model is needed."""
+    if (study := Study.begun(out)) is None:
+        return
     for name, wanted in (("tasks", list(tasks)), ("n", n), ("seed", seed)):
         if (there := study.meta.get(name)) != wanted:
             raise another_study(study.path, f"{name}: there {there}, here {wanted}")
-    return list(dict.fromkeys(trial.key for trial in study.trials()))
+
+
+def keys_of_measured(out: Path | str) -> list[str]:
+    """The keys of the plans that a sweep into this folder would find finished."""
+    study = Study.begun(out)
+    return list(dict.fromkeys(trial.key for trial in study.trials())) if study else []
 
 
 def sweep(

@@ -26,6 +26,10 @@ LATER = ("unread", "other_bits")  # fields of components that earlier versions d
 DISCARDED = "again"  # attribute of a study: numbers of trials whose answers were lost and whose plans are run again
 
 
+class NotBegun(UserError):
+    """A study that was interrupted before its first trial; a sweep into the same folder goes on from there."""
+
+
 class Meta(TypedDict, total=False):
     """What all trials of a study share; the fields from `imported` on are those of an imported table."""
 
@@ -107,7 +111,7 @@ def load(path: Path, storage: BaseStorage) -> tuple[optuna.Study, Identity]:
         raise UserError(f"{path} holds no study: it was never begun, or its first lines are lost") from None
     attrs = study.user_attrs
     if not {"meta", "tasks", "parts"} <= set(attrs):
-        raise UserError(f"{path} was interrupted before its first trial; delete it and start again")
+        raise NotBegun(f"{path} was interrupted before its first trial; run the sweep again to go on")
     schema.check(attrs, "study", f"the study at {path} is damaged", REPAIR)
     if len(study.directions) != len(attrs["tasks"]) + 1:
         scores, tasks = count(len(study.directions) - 1, "score"), count(len(attrs["tasks"]), "task")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,13 @@ class Study:
         self._queue = Queue(self.path, self._trials)
         self._answers = Answers(self.path)
         self._compared: dict[tuple[str, str, int, int], tuple[Score | None, AnswerCounts | None]] = {}
+
+    @classmethod
+    def begun(cls, path: Path | str) -> Study | None:
+        """The study in a folder; None where there is none, or one that was interrupted before its first trial."""
+        with suppress(identity.NotBegun):
+            return cls(path) if paths.is_study(Path(path)) else None
+        return None
 
     def __repr__(self) -> str:
         plans = ", ".join(f"{number:,} {state}" for state, number in self.counts().items())

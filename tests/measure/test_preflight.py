@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,6 +34,10 @@ from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.components import PARTS
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.study import identity
+from sensitivity.study.storage import paths
+from sensitivity.study.storage.opening import close, open_storage
+from sensitivity.study.study import Study
 from sensitivity.tasks.table import task
 
 
@@ -229,6 +234,51 @@ def test_what_is_measured_already_is_not_forecast_again(tmp_path: Path, capsys: 
     assert "2 of 2 plans are measured already; the forecast is of what is left" in capsys.readouterr().out
     assert main(f"{line.replace('--n 5', '--n 6')} --bits 8 --dry-run".split()) == 2
     assert "holds another study (n: there 5, here 6); choose another --out" in capsys.readouterr().err
+
+
+def test_what_belongs_to_another_study_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"sweep embedded:scenes-llava --by part --method rtn --bits 8 --out {tmp_path / 'run'}"
+    assert main(f"{line} --n 5 --json".split()) == 0
+    monkeypatch.setattr("sensitivity.models.loading.load", None)  # an error where it is called
+    for other, why in (
+        ("--n 6", "n: there 5, here 6"),
+        ("--n 5 --seed 1", "seed: there 0, here 1"),
+        ("--n 5 --task caption", "tasks: there ['vqa'], here ['caption']"),
+    ):
+        assert main(f"{line} {other}".split()) == 2
+        assert f"holds another study ({why}); choose another --out" in capsys.readouterr().err
+
+
+def test_a_search_on_other_examples_is_refused_before_it_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"embedded:scenes-llava --by part --method rtn --bits 8 --out {tmp_path / 'run'}"
+    assert main(f"sweep {line} --n 5 --json".split()) == 0
+    monkeypatch.setattr("sensitivity.api.scoring.scored", None)  # an error where it is called
+    assert main(f"plan {line} --n 6 --bpw 9".split()) == 2
+    assert "holds another study (n: there 5, here 6" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("briefly_timed")
+@pytest.mark.parametrize("method", ["rtn", "gptq"])  # with and without calibration
+def test_a_study_that_was_killed_before_its_first_trial_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    study = tmp_path / "run"
+    study.mkdir()
+    storage = open_storage(study / paths.JOURNAL)
+    optuna.create_study(study_name=identity.NAME, storage=storage, directions=["maximize", "minimize"])
+    close(storage)
+    line = f"embedded:scenes-llava --n 5 --by part --method {method} --calibration-n 4 --bits 8 --out {study}"
+    line = line if method == "gptq" else line.replace(" --calibration-n 4", "")
+    assert main(["rank", str(study)]) == 2
+    assert "was interrupted before its first trial; run the sweep again to go on" in capsys.readouterr().err
+    assert main(f"sweep {line} --dry-run --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["plans"] == 2
+    assert main(f"sweep {line} --json".split()) == 0
+    assert len(Study(study).trials()) == 2
 
 
 class CountingRounded(Counting):

@@ -13,13 +13,13 @@ from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages, without_counterpart
 from sensitivity.spec.errors import Notice, UserError
 from sensitivity.spec.plan import Scheme
-from sensitivity.study.storage import expected, paths
+from sensitivity.study.storage import expected
 from sensitivity.study.study import Study
 
 
 def check_priors(priors: Sequence[Path], out: Path) -> None:
     """Raise an error where a prior is neither an atlas nor a study that has measured enough, or is the one at `out`."""
-    study = Study(out) if paths.is_study(out) else None
+    study = Study.begun(out)
     for path in priors:
         _damages(path, study)
 

@@ -80,9 +80,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     )
     from sensitivity.api.saved_recommendations import check_may_save
     from sensitivity.api.scoring import scored
+    from sensitivity.api.sweeping import check_same_study
     from sensitivity.measure.generate.batches import check_tasks_fit
 
     vlm, parts, tasks = loaded(args)
+    n = search_examples(args.n, tasks)
+    check_same_study(args.out, args.task, n, args.seed)
     requested, request = _request(args, parts, requested)
     request, unmet = meetable(parts, requested, request)
     check_may_save(args.out, request.bpw)
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     left = math.inf if args.minutes is None else max(60 * args.minutes - (time.monotonic() - began), 0.001)
     planning = begin_plan(
         vlm, parts, args.task, args.out, request, scoring.scores, args.trials,
-        n=search_examples(args.n, tasks), seed=args.seed, statistics=scoring.given.statistics,
+        n=n, seed=args.seed, statistics=scoring.given.statistics,
         until=() if args.minutes is None else (f"{left:.3f}s",),
     )  # fmt: skip
     if args.json:
@@ -190,14 +193,13 @@ def _forecast(
     from sensitivity.api.scoring import scores_are_kept
     from sensitivity.api.sweeping import keys_of_measured
     from sensitivity.measure.forecast.forecast import forecast_sweep
-    from sensitivity.study.storage.paths import is_study, verification_folder
-    from sensitivity.study.study import Study
+    from sensitivity.study.storage.paths import verification_folder
 
-    n, fresh, found = search_examples(args.n, tasks), verification_folder(args.out), was_found(args.out, request)
+    n, found, fresh = search_examples(args.n, tasks), was_found(args.out, request), verification_folder(args.out)
     # full precision, and for each budget its candidates and the best uniform plan, of which some may be the same
-    verified = len(Study(fresh).trials()) if is_study(fresh) else 0
+    verified = len(keys_of_measured(fresh))
     most = verified if found else 1 + (request.top + 1) * len(request.bpw)
-    measured = len(keys_of_measured(args.out, args.task, n, args.seed))
+    measured = len(keys_of_measured(args.out))
     # plans run before the verification see fewer examples: count them as fewer plans with all examples
     trials = measured if found and not goes_on(args.out, request, args.trials) else max(args.trials, measured)
     searched, left = (-(-count * n // args.n) for count in (trials, trials - measured))

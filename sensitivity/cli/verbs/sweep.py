@@ -242,12 +242,14 @@ def _run_plans(
 
 def _checked(args: argparse.Namespace) -> list[Scheme]:
     """The schemes, after every check that needs no model, so that a mistake is found before anything is loaded."""
+    from sensitivity.api.sweeping import check_same_study
     from sensitivity.study.storage.location import check_begins, check_stores
 
     check_begins(args.out)
     if not args.dry_run:
         check_stores(args.out)
     requested, calibrated = checked(args, args.search, args.until, args.storage)
+    check_same_study(args.out, args.task, args.n, args.seed)
     if args.search != "frontier":
         flags.without_effect(
             args, ["--prior", "--scores"], f"with --search {args.search}; only frontier starts from what is expected"
@@ -292,7 +294,7 @@ def _forecast(
     assert not callable(plans)
     options = {"device": args.device, "dtype": args.dtype, "plain": args.plain, "calibration": args.calibration_n}
     options |= {"cache_gb": args.cache_gb, "memory_gb": args.memory_gb}
-    measured = keys_of_measured(args.out, args.task, args.n, args.seed)
+    measured = keys_of_measured(args.out)
     if stand_in:
         measured = [plan.key for plan in plans][: len(measured)]
     predicted = forecast_sweep(vlm, parts, list(plans), tasks, **options, scores=args.scores, measured=measured)
