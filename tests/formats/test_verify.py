@@ -434,6 +434,22 @@ def test_a_format_that_holds_no_plan_of_a_study_says_what_to_sweep(planted: Stud
         exporting.export_from(planted.path, 3.0, tmp_path / "out", "bnb", False)
 
 
+@pytest.mark.usefixtures("briefly_timed")
+@pytest.mark.parametrize("format", ["bnb", "mlx"])
+def test_the_sweep_that_is_offered_can_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str) -> None:
+    """Also of many components, of which a whole grid would have too many plans."""
+    line = "sweep embedded:scenes-llava --by group.kind --method uniform --bits 8 --search random --trials 3 --n 3"
+    assert cli.main([*line.split(), "--out", str(tmp_path / "run"), "--json"]) == 0
+    capsys.readouterr()
+    words = ["export", str(tmp_path / "run"), "--bpw", "9", "--format", format, "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    offered = re.search(r"`sensitivity (sweep [^`]*)`", capsys.readouterr().err)
+    assert offered is not None
+    assert " --by group.kind " in offered[1]
+    assert " --n 3 " in offered[1]
+    assert cli.main([*offered[1].split(), "--dry-run"]) == 0
+
+
 def test_legalize_writes_a_plan_that_export_takes(
     planted: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,9 @@ from sensitivity.spec.runtimes.table import RUNTIMES, abilities, files_of, sweep
 from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
+LARGEST_GRID = 5  # components: at the five default widths a grid over more has more plans than `sweep` takes
+FEWEST_TRIALS = 30  # of a search that is proposed to a study with fewer plans
+
 WIDER = 1.02  # times the size of a plan, from which on its files hold more than it
 
 
@@ -165,6 +168,8 @@ def _usable(study: Study, runtime: str, knapsack: Knapsack) -> list[Scheme]:
         typed = f"--by {study.parts.by} {sweep_flags(runtime)}"
         if tasks:
             typed = f"--task {shell_word(','.join(tasks))} --n {study.meta['n']} {typed}"
+        if len(study.parts.names) > LARGEST_GRID:
+            typed += f" --search frontier --trials {max(len(study.measured()), FEWEST_TRIALS)}"
         raise UserError(
             f"{runtime} can load no plan that this study measured; `sensitivity sweep {shell_word(model)} {typed} "
             f"--out {shell_word(f'{study.path}-{runtime}')}` measures some that it can load; it takes "
