@@ -88,7 +88,7 @@ class Score:
 
     def __str__(self) -> str:
         images = f" on {count(self.clusters, 'image')}" if self.clusters < self.n else ""
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n}{images})"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] (n {self.n:,}{images})"
 
 
 def clustered_se(values: np.ndarray, clusters: np.ndarray) -> tuple[float, int]:

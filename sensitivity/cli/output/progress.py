@@ -217,7 +217,7 @@ def frontier_lines(study: Study, most: int = 8) -> list[str]:
         point = _point(trial)
         score = point["scores"][study.tasks[0]]
         ends = score["low"], score["high"], score["n"]
-        span = "" if None in ends else " [{:.3f}, {:.3f}] n {}".format(*ends)
+        span = "" if None in ends else " [{:.3f}, {:.3f}] n {:,}".format(*ends)
         lines.append(f"{point['bpw']:5.2f} bpw  {score['mean']:.3f}{span}  {point['plan']}")
     return [*lines, left_out] if left_out else lines
 

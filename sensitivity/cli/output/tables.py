@@ -247,7 +247,7 @@ def print_runtime_costs(plan: Plan, parts: ComponentMap, times: LayerTimes, limi
 
 def _interval(row: pd.Series, task: str) -> str:
     low, high, repeated = (row.get(f"{task}.{name}") for name in ("low", "high", "repetitions"))
-    seen = "" if row["complete"] else f" (n {row[f'{task}.n']:.0f})"
+    seen = "" if row["complete"] else f" (n {row[f'{task}.n']:,.0f})"
     if repeated is not None and repeated == repeated:  # NaN: another plan is repeated
         seen = f" (mean of {repeated:.0f})"
     if low is None or low != low:  # NaN: an imported table has intervals of repeated plans alone
