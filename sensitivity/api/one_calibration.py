@@ -20,17 +20,26 @@ FLAGS = {"calibration": "calibration", "examples": "calibration-n", "path": "pat
 
 
 def check_calibration(
-    out: Path, schemes: Sequence[Scheme], tasks: Sequence[str], n: int, seed: int, path: str | None = None
+    out: Path,
+    schemes: Sequence[Scheme],
+    tasks: Sequence[str],
+    n: int,
+    seed: int,
+    path: str | None = None,
+    verifies: bool = False,
 ) -> None:
     """Raise an error where what a folder holds was calibrated otherwise than these schemes will be.
 
     A study made before this was checked may hold several calibrations; each of them is taken. Scores that `explain`
-    stored count where no plan was measured yet.
+    stored count where no plan was measured yet. With `verifies`, schemes count that need no calibration themselves:
+    what is calibrated also serves to verify plans that the study holds.
     """
     needing = [one for one in schemes if needs_data(one)]
-    study = Study.begun(out) if needing else None
-    measured = _calibrations(schemes_of(study)) if study else []
-    known = measured or (_calibrations(attributions.schemes(out)) if needing else [])
+    if not needing and not verifies:
+        return
+    studies = [Study.begun(folder) for folder in (out, paths.verification_folder(out))]
+    measured = _calibrations([one for study in studies if study for one in schemes_of(study)])
+    known = measured or _calibrations(attributions.schemes(out))
     if not known:
         return
     facts = calibration_facts(tasks, calibration_examples(tasks, n, seed), seed, path_for(needing, path))

@@ -48,6 +48,24 @@ def test_another_calibration_is_refused_by_each_verb(tmp_path: Path, capsys: pyt
     assert cli.main(f"{SWEEP} 4 --out {out}".replace("gptq", "rtn").replace("--calibration-n 4", "").split()) == 0
 
 
+def test_a_search_without_calibration_would_verify_plans_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its scores are calibrated all the same, and the best plan may be one that the study measured before."""
+    assert cli.main(f"{SWEEP} 4 --out {tmp_path}".split()) == 0
+    line = PLAN.replace("gptq", "rtn")
+    assert refused(f"{line} 8 --out {tmp_path}", capsys, "(calibration-n: there 4, here 8); choose another --out")
+    assert cli.main(f"{line} 4 --out {tmp_path}".split()) == 0
+
+
+def test_plans_that_were_only_verified_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where the time was over before the search measured any."""
+    assert cli.main(f"{PLAN} 4 --minutes 0.001 --out {tmp_path}".split()) == 0
+    assert len(Study(tmp_path).trials()) < 2
+    for line in (PLAN, SWEEP):
+        assert refused(f"{line} 8 --out {tmp_path}", capsys, "(calibration-n: there 4, here 8); choose another --out")
+
+
 def test_scores_that_came_first_count_until_a_plan_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,7 +132,8 @@ def _checked(args: argparse.Namespace) -> list[Scheme]:
     check_budget_flags(args)
     requested, _ = checked(args, "random")
     check_float_path(requested, args.path)
-    check_calibration(args.out, requested, args.calibration or args.task, args.calibration_n, args.seed)
+    data = args.calibration or args.task
+    check_calibration(args.out, requested, data, args.calibration_n, args.seed, verifies=True)
     return requested
 
 
