@@ -12,8 +12,8 @@ Aumann and Shapley (coverage, from integrals of fewer examples and passes than `
 compares the first with the package itself. Some settings should mislead scores: rounded inputs, another task's
 calibration data, few examples.
 
-Settings in reports/peers.csv are not run again; with --again, `plan` is, beside what the others chose. One that was
-cut off goes on from runs/peers.
+Settings in reports/peers.csv are not run again; with --again, `plan` is, beside what the others chose: it then has no
+seconds, since a machine's speed differs from day to day. One that was cut off goes on from runs/peers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.benchmarks.quick_plans import TESTED, budgets
-from experiments.peers.choosers import BASE, SETTINGS, Setting, choices
+from experiments.peers.choosers import BASE, PLANS, SETTINGS, Setting, choices
 from experiments.peers.page import page
 from sensitivity.api.sweeping import sweep
 from sensitivity.spec.files import overwrite
@@ -46,7 +46,8 @@ def compared(name: str, setting: Setting, n: int, test: int, before: pd.DataFram
     print(name, len(every), "plans to test", flush=True)
     tested = sweep(vlm, parts, every, [setting.task], folder / f"test-{test}", n=test, seed=TESTED)
     for chooser, plans in found.plans.items():
-        head = {"setting": name, "chooser": chooser, "cpu_s": round(found.seconds[chooser], 1), "n": n, "test": test}
+        seconds = None if len(before) and chooser in PLANS else round(found.seconds[chooser], 1)
+        head = {"setting": name, "chooser": chooser, "cpu_s": seconds, "n": n, "test": test}
         bases = found.plans[BASE]
         frames = [frame(tested, plan, base) for plan, base in zip(plans, bases, strict=True)]
         for bpw, own, plan, base in zip(budgets(parts), frames, plans, bases, strict=True):

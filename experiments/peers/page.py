@@ -26,7 +26,8 @@ def page(table: pd.DataFrame) -> str:
         "first lines say how. Differences are to the plans that a sweep of 60 plans chose, on the same examples, which",
         "no chooser saw, as a mean over three budgets, with 95 % intervals clustered by image.", "",
         f"*{GOOD}*: the whole interval lies above -{MARGIN:g}. *{BAD}*: it lies below. *{OPEN}*: neither. Seconds",
-        "compare within a setting alone: settings ran on machines of different speed and load.",
+        "compare within a setting alone: settings ran on machines of different speed and load. `plan` has none where",
+        "it ran again later than the others.",
         f"Versions: {used}.", "",
         *said(table, known), "", *matrix(table, known), "", *counted(table),
     ]  # fmt: skip
@@ -100,10 +101,11 @@ def of_setting(rows: pd.DataFrame, name: str) -> list[str]:
     for chooser, mean in means(rows, name).iterrows():
         own = rows[(rows["chooser"] == chooser) & (rows["bpw"] != "mean")]
         worst = own.loc[own["to_sweep"].idxmin()]
+        seconds = "–" if pd.isna(mean["cpu_s"]) else f"{mean['cpu_s']:.0f}"
         called = f"{chooser} ({WHO[str(chooser)]})" if chooser in WHO else f"**{chooser}**"
         lines.append(
             f"| {called} | {', '.join(f'{score:.3f}' for score in own['score'])} | {interval(mean)} | "
-            f"{interval(worst)} at {worst['bpw']} | {mean['cpu_s']:.0f} |"
+            f"{interval(worst)} at {worst['bpw']} | {seconds} |"
         )
     return lines
 

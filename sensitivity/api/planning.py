@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,13 +21,12 @@ from sensitivity.analysis.recommending.kept_recommendation import Proposed, best
 from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.analysis.search.openings import openings_then_proposals
 from sensitivity.api.sweeping import SweepOptions, begin_sweep, path_for
-from sensitivity.measure.attribution.calibrated import Calibrated
 from sensitivity.measure.attribution.scores import Attribution
 from sensitivity.measure.attribution.weight_errors import groups_that_fit
 from sensitivity.measure.loop import Step, data_flow_order
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import Notice, UserError
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.limits import Allowed, allowed_by, tied_groups
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.rules import violations
@@ -52,8 +50,6 @@ MIN_EXAMPLES = 100  # examples that the search runs plans on at least: fewer wou
 # the share from which on there is little left to gain
 WORTH, ALL_BUT = 0.001, 0.995
 ENOUGH = 0.9  # a budget whose best measured plan keeps a lower share of full precision is searched to the last trial
-MORE = 40  # trials that are advised where a plan loses more than that; beyond, a sweep is
-EASIER = 0.3  # a calibration loss below this share of the evaluation loss gives a warning
 
 
 def opening_scores(tasks: Sequence[Task], parts: ComponentMap, schemes: Sequence[Scheme]) -> tuple[str, ...]:
@@ -184,27 +180,6 @@ def kept_shares(study: Study, request: PlanRequest, knapsack: Knapsack) -> list[
     ]
 
 
-def warn_if_scores_misjudge(study: Study, request: PlanRequest, trials: int) -> None:
-    """Warn if all trials are used up, and the best measured plan of a budget still loses much."""
-    ran = len(study.trials())  # more than `trials` where a sweep has added to the study
-    if ran < trials:
-        return
-    knapsack = Knapsack.of(study, list(request.weights), files_of(request.runtime))
-    kept = kept_shares(study, request, knapsack)
-    lost = [(bpw, max(one.values())) for bpw, one in zip(request.bpw, kept, strict=True) if one]
-    if lost := [(bpw, share) for bpw, share in lost if share < ENOUGH]:
-        which = ", ".join(f"{100 * share:.0f} % at {bpw:g} bpw" for bpw, share in lost)
-        further = f"--trials {MORE}"
-        if ran >= MORE:
-            further = f"`sensitivity sweep` with the same --out, --by and --n {study.meta['n']}"
-        warnings.warn(
-            f"the {ran} measured plans keep little of full precision (at most {which}): scores from calibration say "
-            f"little about plans that lose so much, and measurements find better ones; {further} goes on from here",
-            Notice,
-            stacklevel=2,
-        )
-
-
 def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> Proposed:
     """For each budget, the few plans that are expected to be best, and the best uniform plan.
 
@@ -230,22 +205,6 @@ def candidates(study: Study, request: PlanRequest, openings: Sequence[Plan]) -> 
         chosen = list(in_turn.values())[: request.top]
         per_budget.append(([replace(one, rank=rank) for rank, one in enumerate(chosen)], rival))
     return per_budget
-
-
-def warn_if_calibration_is_easier(given: Calibrated, study: Study) -> None:
-    """Warn if the loss on calibration data is far below the loss on evaluation data: scores then say little."""
-    if (ours := given.loss) is None:
-        return
-    native = study.examples(study.native)
-    theirs = float("nan") if native is None else float(native["nll"].mean())
-    if ours < EASIER * theirs:
-        warnings.warn(
-            f"the loss on calibration data is {ours:.4f}, and {theirs:.4f} on evaluation data: either the model was "
-            "trained on the former, or they hold few of the examples that it gets wrong; gradients there say little; "
-            "calibrate on more (--calibration-n) or on other data (--calibration)",
-            Notice,
-            stacklevel=2,
-        )
 
 
 def meetable(parts: ComponentMap, schemes: Sequence[Scheme], request: PlanRequest) -> tuple[PlanRequest, list[str]]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sensitivity import UserError, inspect, load, scheme, task
 from sensitivity.analysis.recommending.kept_recommendation import recommended
-from sensitivity.api import explaining, planning
+from sensitivity.api import explaining, plan_notices, planning
 from sensitivity.cli import main as cli
 from sensitivity.measure.attribution import calibrated
 from sensitivity.measure.gradients.first_order import gather
@@ -136,6 +136,24 @@ def test_scores_are_kept_for_the_same_settings(
     assert len(passes) == 4 * computed
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("--calibration caption --trials 2", "calibrated on caption, not on vqa, and may misjudge"),
+        ("--calibration caption --trials 40", ""),
+        ("--calibration vqa,caption --trials 2", ""),
+        ("--trials 2", ""),
+    ],
+)
+def test_scores_of_another_task_are_said_to_mislead(
+    folder: Path, capsys: pytest.CaptureFixture[str], more: str, told: str
+) -> None:
+    line = f"{PLAN} --out {folder / more.replace(' ', '')}".replace("--trials 6", more)
+    _, err = run(capsys, line.replace("--bpw 4,3", "--bpw 9 --top 1").replace("2,3,4,8", "8"))
+    assert ("may misjudge which parts matter there" in err) == bool(told)
+    assert told in err
+
+
 def test_time_is_limited_and_there_is_a_plan_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"{PLAN} --out {folder / 'short'} --minutes 0.001"
     assert cli.main(line.replace(" --json", "").split()) == 0
@@ -157,7 +175,7 @@ def test_where_scores_misjudge_all_trials_are_used_and_more_are_advised(
     assert "--trials 40 goes on from here" in err
     further, _ = run(capsys, f"{line} --trials 9 --out {folder / 'misjudged'}")
     assert further["plans_measured"] == 9
-    monkeypatch.setattr(planning, "MORE", 9)  # what was advised has run
+    monkeypatch.setattr(plan_notices, "MORE", 9)  # what was advised has run
     _, err = run(capsys, f"{line} --trials 9 --out {folder / 'misjudged'}")
     assert "`sensitivity sweep` with the same --out, --by and --n 12 goes on from here" in err
     easy = line.replace("2.6", "8.6").replace("--n 12", "--n 60")

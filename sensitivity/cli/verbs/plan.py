@@ -70,14 +70,12 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     """Score, measure, verify and store a plan for each budget; or forecast that with --dry-run."""
     began = time.monotonic()
     requested = _checked(args)
-    from sensitivity.api.planning import (
-        begin_plan,
-        meetable,
-        opening_scores,
-        search_examples,
+    from sensitivity.api.plan_notices import (
+        warn_if_calibrated_elsewhere,
         warn_if_calibration_is_easier,
         warn_if_scores_misjudge,
     )
+    from sensitivity.api.planning import begin_plan, meetable, opening_scores, search_examples
     from sensitivity.api.saved_recommendations import check_may_save
     from sensitivity.api.scoring import scored
     from sensitivity.api.sweeping import check_same_study
@@ -110,6 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         show_progress(planning.steps, "measuring", planning.study, args.trials, left)
     warn_if_calibration_is_easier(scoring.given, planning.study)
     warn_if_scores_misjudge(planning.study, planning.request, args.trials)
+    warn_if_calibrated_elsewhere(data, args.task, args.trials)
     return _whole(_verified(args, vlm, scoring, planning.study, planning.request, planning.proposals()), unmet)
 
 
