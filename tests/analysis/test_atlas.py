@@ -241,6 +241,50 @@ def test_one_model_says_nothing_about_how_far_models_differ(tmp_path: Path) -> N
     assert found.halved_by is None
 
 
+def test_studies_of_the_method_that_is_asked_for_count_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(5)
+    parts = shapes(draw)
+    known = [entry(f"m{i}", halves(draw), parts) for i in range(3)]
+    worse = replace(  # of the first model, by another method that does ten times the damage
+        known[0],
+        about={**known[0].about, "methods": ["rtn"]},
+        damages={
+            name: {replace(scheme, method="rtn"): 10 * damage for scheme, damage in row.items()}
+            for name, row in known[0].damages.items()
+        },
+    )
+    alone, both = (predicted(one, parts, monkeypatch, bpw=5) for one in (known, [*known, worse]))
+    assert both == alone
+    assert alone.other_methods == {}
+    stands_in = predicted([worse, *known[1:]], parts, monkeypatch, bpw=5)
+    assert stands_in.other_methods == {"m0": ["rtn"]}
+    assert stands_in.points[0].share < alone.points[0].share
+
+
+def test_a_line_names_models_that_were_measured_with_other_methods(
+    tmp_path: Path, atlas: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"atlas predict embedded:scenes-llava --by part --method gptq --atlas {atlas} --bpw 13"
+    assert cli.main(line.split()) == 0
+    assert "m0 was measured with codes, which stands in for gptq here" in capsys.readouterr().out
+
+
+def test_a_prior_is_of_the_studies_with_the_same_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = planted_study(tmp_path / "new", 5, model="new")
+    (known,) = entries_of(planted_study(tmp_path / "old", 6, model="old"))
+    other = replace(known, about={**known.about, "methods": ["rtn"]}, damages={
+        name: {replace(scheme, method="rtn"): 10 * damage for scheme, damage in row.items()}
+        for name, row in known.damages.items()
+    })  # fmt: skip
+    (tmp_path / "atlas").write_text("")
+    found = []
+    for entries in ([known], [known, other]):
+        monkeypatch.setattr("sensitivity.analysis.atlas.priors.read", lambda file, entries=entries: entries)
+        expect_from(study, [tmp_path / "atlas"], schemes_of(study))
+        found.append(read_expected(study.path))
+    assert found[0] == found[1]
+
+
 def test_two_studies_of_one_model_are_one_voice(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(4)
     parts = shapes(draw)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -57,6 +57,16 @@ class Entry:
     def loss(self, damage: float) -> float:
         """The loss at a total damage, as `loss_of` counts it."""
         return loss_of(self.floor + (1 - self.floor) * math.exp(-min(damage**self.power, 700.0)))
+
+
+def of_methods(entries: Sequence[Entry], schemes: Iterable[Scheme]) -> list[Entry]:
+    """Of each model the entries that measured most of the methods of these schemes: others say less about them."""
+    asked = {scheme.method for scheme in schemes}
+    known = [len(asked & set(entry.about["methods"])) for entry in entries]
+    most = {entry.model: 0 for entry in entries}
+    for entry, count in zip(entries, known, strict=True):
+        most[entry.model] = max(most[entry.model], count)
+    return [entry for entry, count in zip(entries, known, strict=True) if count == most[entry.model]]
 
 
 def loss_of(share: float) -> float:

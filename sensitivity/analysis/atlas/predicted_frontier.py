@@ -15,7 +15,7 @@ from sensitivity.analysis.allocate.budget import budgets_in_bits
 from sensitivity.analysis.allocate.by_scores import combined, optimum
 from sensitivity.analysis.atlas.as_each_model import AsModel, mean_loss, predictions_by_model, with_errors
 from sensitivity.analysis.atlas.atlas_file import DEFAULT, read
-from sensitivity.analysis.atlas.entry import ERROR, Entry, share_of
+from sensitivity.analysis.atlas.entry import ERROR, Entry, of_methods, share_of
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.transfer import transfer_damages, without_counterpart
 from sensitivity.spec.components import ComponentMap
@@ -27,6 +27,7 @@ from sensitivity.study.storage import paths
 from sensitivity.study.storage.attributions import read as read_attributions
 
 Floats = np.ndarray
+FACTS = ("studies", "measured", "other_methods", "trust", "halved_by", "examples")  # that are JSON values as they are
 BUDGETS = 6  # between the smallest and the largest uniform plan, where none are given
 TRUSTS = (0.5, 1.0)  # powers of the ratio of relative errors, by which damages may be corrected
 MIN_MODELS = 3  # models with relative errors, from which the power is learned
@@ -67,13 +68,14 @@ class PredictedFrontier:
     measured: bool  # whether the model itself is among them, by its name
     studies: int
     tasks: tuple[str, ...]
+    other_methods: dict[str, list[str]]  # by model: the methods of its studies, where none used one that was asked for
     trust: float  # how far relative errors of the new model counted; 0 means not at all
     halved_by: int | None  # plans to measure until intervals are half as wide; None where that is not known
     examples: int | None  # examples that each of these plans runs on
 
     def to_json(self) -> dict[str, object]:
         """The prediction as JSON values."""
-        own = {name: getattr(self, name) for name in ("studies", "measured", "trust", "halved_by", "examples")}
+        own = {name: getattr(self, name) for name in FACTS}
         lists = {"models": list(self.models), "tasks": list(self.tasks)}
         return {**lists, **own, "frontier": [one.to_json() for one in self.points]}
 
@@ -101,7 +103,7 @@ def predict_frontier(
         >>> point.low <= point.share <= point.high, point.size.bpw <= 14
         (True, True)
     """
-    entries = _fitting(read(Path(atlas)), Path(atlas), parts, task)
+    entries = of_methods(_fitting(read(Path(atlas)), Path(atlas), parts, task), schemes)
     limits = _budgets(parts, schemes, bpw)
     models = predictions_by_model(entries, parts, schemes)
     errors = _errors(attributions, parts, schemes)
@@ -116,7 +118,7 @@ def predict_frontier(
         FrontierPoint(one, plan, size(parts, plan), share_of(y), share_of(y + half), share_of(y - half))
         for one, plan, y, half in zip(limits, plans, losses, half_widths, strict=True)
     )
-    names = tuple(model.name for model in models)
+    names, asked = tuple(model.name for model in models), {scheme.method for scheme in schemes}
     examples = [entry.about["n"] for entry in entries if entry.about["n"]]
     return PredictedFrontier(
         points,
@@ -124,6 +126,7 @@ def predict_frontier(
         Path(parts.model).name in names,
         len(entries),
         tuple(dict.fromkeys(entry.about["task"] for entry in entries)),
+        {one.about["model"]: one.about["methods"] for one in entries if not asked.intersection(one.about["methods"])},
         trust,
         _halved_by(left_out, losses, [entry.noise for entry in entries if entry.noise is not None]),
         int(np.median(examples)) if examples else None,

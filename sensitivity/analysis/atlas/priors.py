@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sensitivity.analysis.allocate.by_scores import combined
 from sensitivity.analysis.atlas.atlas_file import read
-from sensitivity.analysis.atlas.entry import Entry, about_study
+from sensitivity.analysis.atlas.entry import Entry, about_study, of_methods
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages, without_counterpart
 from sensitivity.spec.errors import Notice, UserError
@@ -31,8 +31,8 @@ def expect_from(
     scores = scores or {}
     found = [*scores.values()]
     for path in priors:
-        known = _damages(path, study)
-        if path.is_file() and len(known) < len(read(path)):
+        known = _damages(path, study, schemes)
+        if path.is_file() and any(_is_of(entry, study) for entry in read(path)):
             told = f"{study.path} itself, whose measurements count already: that is left out as a prior"
             warnings.warn(f"{path} holds {told}", Notice, stacklevel=2)
         # an atlas may also have studies of models with other parts; if it has no other, the first one says so
@@ -46,14 +46,17 @@ def schemes_of(study: Study) -> list[Scheme]:
     return list(dict.fromkeys(one for trial in study.measured() for _, one in trial.plan.schemes if one is not None))
 
 
-def _damages(path: Path, study: Study | None) -> list[Expected]:
-    """The damages that a prior study measured, or those of each study of an atlas but `study`, which has its own."""
+def _damages(path: Path, study: Study | None, schemes: Sequence[Scheme] = ()) -> list[Expected]:
+    """The damages that a prior study measured, or those of an atlas's studies that say most about these schemes.
+
+    Not those of `study`, which has its own.
+    """
     if path.is_file():
         entries = read(path)
         others = [entry for entry in entries if study is None or not _is_of(entry, study)]
         if entries and not others:
             raise UserError(_itself(f"{path} holds nothing but this study"))
-        return [entry.damages for entry in others]
+        return [entry.damages for entry in of_methods(others, schemes)]
     if study is not None and path.resolve() == study.path.resolve():
         raise UserError(_itself(f"{path} is this study"))
     return [measured_damages(Study(path))]

@@ -126,6 +126,8 @@ def _show(args: argparse.Namespace, found: PredictedFrontier) -> None:
     )  # fmt: skip
     if found.measured and not one:
         print("the intervals are those of a new model; `sensitivity recommend` knows more from its own study")
+    for name, methods in found.other_methods.items():
+        print(f"{name} was measured with {' and '.join(methods)}, which stands in for {args.method} here")
     if args.attributions is not None:
         counted = f"count to the power of {found.trust:g}" if found.trust else "do not count"
         print(f"relative errors {counted}, as that predicts each of the atlas's models best from the others")
