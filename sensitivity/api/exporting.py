@@ -14,6 +14,8 @@ import torch
 
 from sensitivity.analysis.allocate.budget import Candidate
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
+from sensitivity.analysis.recommending.kept_recommendation import verified_for
+from sensitivity.analysis.recommending.recommendation import Recommendation
 from sensitivity.api.imported_plans import plan_of_model
 from sensitivity.api.recommending import FRESH
 from sensitivity.api.saved_recommendations import measured_facts
@@ -35,7 +37,8 @@ from sensitivity.spec.errors import Failed, Notice, UserError, check_is, reason,
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.rules import violations
-from sensitivity.spec.runtimes.table import RUNTIMES
+from sensitivity.spec.runtimes.table import RUNTIMES, files_of
+from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.spec.stored_bits import FILES
 from sensitivity.study import exports
 from sensitivity.study.scores import paired_difference, summarize
@@ -186,19 +189,22 @@ def _codes(study: Study, job: Job, format: str) -> AbstractContextManager[Calibr
 def export_from(
     source: Path, bpw: float | None, out: Path, format: str, force: bool, **options: Unpack[ExportOptions]
 ) -> Path:
-    """Export a plan.json, or the plan of a study that is predicted to be best of those within a budget.
+    """Export a plan.json, or of a study the plan that was verified for a budget, or else is predicted to be best there.
 
     Of a study, only plans count that `runtime`, or else the format, can hold.
     """
     may_be_written(out, format, force, [source])  # before anything is read
-    runtime = options.get("runtime")
+    runtime = options.get("runtime") or format
     if source.suffix == ".json":
         study, plan, facts = _read_plan(source)
+    elif found := _verified_plan(study := Study(source), bpw, runtime):
+        file, chosen = found
+        warnings.warn(_verified_in_words(file, chosen), Notice, stacklevel=2)
+        study, plan, facts = _read_plan(file)
     else:
-        study, facts = Study(source), {}
-        best = _best_plan(study, bpw, runtime or format)
-        warnings.warn(_choice_in_words(study, best, runtime or format), Notice, stacklevel=2)
-        plan = best.plan
+        best = _best_plan(study, bpw, runtime)
+        warnings.warn(_choice_in_words(study, best, runtime), Notice, stacklevel=2)
+        plan, facts = best.plan, {}
     return export(study, plan, out, format, force, facts, keep=[source], **options)
 
 
@@ -220,6 +226,23 @@ def _read_plan(source: Path) -> tuple[Study, Plan, Mapping[str, object]]:
     for scheme in plan.distinct_schemes:
         check_scheme(scheme)
     return study, plan, facts
+
+
+def _verified_plan(study: Study, bpw: float | None, runtime: str) -> tuple[Path, Recommendation] | None:
+    """The plan that was verified for a budget, with its file, if a runtime or format can hold it within that budget."""
+    if bpw is None:
+        return None
+    for file, one in verified_for(study, bpw).items():
+        small = size(study.parts, one.plan, files_of(runtime)).bits <= budget_bits(study.parts, bpw)
+        if small and not violations(study.parts, one.plan, runtime):
+            return file, one
+    return None
+
+
+def _verified_in_words(file: Path, one: Recommendation) -> str:
+    """Which plan was verified for a budget, and its scores."""
+    scores = ", ".join(f"{task} {score.mean:.3f}" for task, score in one.by_task.items())
+    return f"the plan that was verified for {one.budget:g} bpw ({file}): {one.plan.describe()}; {scores}"
 
 
 def _best_plan(study: Study, bpw: float | None, runtime: str) -> Candidate:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sensitivity import UserError, inspect, load, scheme, task
 from sensitivity.analysis.recommending.kept_recommendation import recommended
-from sensitivity.api import explaining, plan_notices, planning
+from sensitivity.api import explaining, exporting, plan_notices, planning
 from sensitivity.cli import main as cli
 from sensitivity.measure.attribution import calibrated
 from sensitivity.measure.gradients.first_order import gather
@@ -106,6 +106,26 @@ def test_fewer_examples_decide_than_verify(
     assert found["fresh_examples"]
     again, _ = run(capsys, f"recommend {folder / 'few'} --bpw 4 --top 1 --json")
     assert again["measured"]["n"] == 12
+
+
+def test_the_plan_that_was_verified_for_a_budget_is_the_one_that_is_exported(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is predicted to be best there; but not in a format that cannot hold it, or not within the budget."""
+    study = folder / "exported"
+    found, _ = run(capsys, f"{PLAN} --out {study}".replace("--trials 6", "--trials 2 --top 1"))
+    for one in found["budgets"]:
+        out = folder / f"of-{one['budget_bpw']:g}"
+        assert cli.main(f"export {study} --bpw {one['budget_bpw']:g} --format fake --out {out}".split()) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"verified for {one['budget_bpw']:g} bpw ({one['path']}): {one['describe']}; vqa " in told
+        assert json.loads((out / "sensitivity.json").read_bytes())["plan"] == one["plan"]
+    assert cli.main(f"export {study} --bpw 5 --format fake --out {folder / 'of-5'}".split()) == 0
+    assert "chosen for 5 bpw: " in capsys.readouterr().err  # nothing was verified for that
+    for name, value in (("violations", ["a rule"]), ("budget_bits", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(exporting, name, lambda *_, value=value: value)
+            assert exporting._verified_plan(Study(study), 4.0, "fake") is None
 
 
 def test_scores_are_kept_for_the_same_settings(

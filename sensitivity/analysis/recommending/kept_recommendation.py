@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,20 +86,25 @@ def instead_of(study: Study, predicted: Recommendation) -> Recommendation | None
 
     It comes with the request of the predicted one, so that both are saved with the plans for other budgets.
     """
-    request = predicted.provenance.get("asked")
-    files = (paths.recommendation_file(study.path), paths.recommendation_file(study.path, predicted.budget))
-    for file in files:
-        if request is None or (budget := budget_of(file)) is None or f"{budget:g}" != f"{predicted.budget:g}":
-            continue
-        try:
-            saved = _read(study, file, cast(RecommendationJson, schema.read(file, "plan", REPAIR)))
-        except UserError:  # it was changed: nothing vouches for its verification
-            continue
+    if (request := predicted.provenance.get("asked")) is None:
+        return None
+    for saved in verified_for(study, predicted.budget).values():
         asked = saved.provenance.get("asked")
         # other budgets and the number of candidates do not matter to a plan that was verified
-        if saved.measured and asked and {**asked, "bpw": 0, "top": 0} == {**request, "bpw": 0, "top": 0}:
+        if asked and {**asked, "bpw": 0, "top": 0} == {**request, "bpw": 0, "top": 0}:
             return replace(saved, provenance={**saved.provenance, "asked": request})
     return None
+
+
+def verified_for(study: Study, bpw: float) -> dict[Path, Recommendation]:
+    """The files of plans that were verified for a budget, with what they say."""
+    found = {}
+    for file in (paths.recommendation_file(study.path), paths.recommendation_file(study.path, bpw)):
+        if (budget := budget_of(file)) is None or f"{budget:g}" != f"{bpw:g}":
+            continue
+        with suppress(UserError):  # it was changed: nothing vouches for its verification
+            found[file] = _read(study, file, cast(RecommendationJson, schema.read(file, "plan", REPAIR)))
+    return {file: one for file, one in found.items() if one.measured}
 
 
 def recommended(study: Study) -> list[Recommendation]:
