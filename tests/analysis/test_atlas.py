@@ -261,6 +261,16 @@ def test_studies_of_the_method_that_is_asked_for_count_where_there_are_some(monk
     assert stands_in.points[0].share < alone.points[0].share
 
 
+def test_studies_by_other_components_name_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = shapes(np.random.default_rng(6))
+    (name, damages), *_ = entry("m", USUAL, parts).damages.items()
+    coarse = replace(
+        entry("m", USUAL, parts), about={**entry("m", USUAL, parts).about, "by": "part"}, damages={"other": damages}
+    )
+    with pytest.raises(UserError, match=rf"says anything about {name}; choose --by part, as these studies are, or add"):
+        predicted([coarse], parts, monkeypatch, bpw=5)
+
+
 def test_a_line_names_models_that_were_measured_with_other_methods(
     tmp_path: Path, atlas: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,7 +215,10 @@ def test_why_no_agreement_is_known_is_said(tmp_path: Path, capsys: pytest.Captur
     assert said.count("0 of 39 quantized plans in") == 1
     assert "error: root mean square of what the prediction misses" in said
     assert "–: gram only orders plans, in no unit of damage" in said
-    assert "–: too few sums of kl differ for a rank correlation" in said
+    assert "–: too few sums of kl differ for a rank correlation (--check runs more plans)" in said
+    one_width = {name: dict([next(iter(row.items()))]) for name, row in truth.items()}
+    print_attributions([Attribution("kl", one_width, 1.0)], {}, Checks({"kl": Check(1, None, 1.0)}, 1.0))
+    assert "differ for a rank correlation (plans of one width do not: name more, --bits)" in capsys.readouterr().out
     assert "rank correlation, study" not in said
     same = {name: dict.fromkeys(row, 0.0) for name, row in truth.items()}
     assert "have all the same score, or the same sum of scores" in str(agreement_of_scores(many, same))

@@ -142,7 +142,10 @@ def _fitting(entries: Sequence[Entry], atlas: Path, parts: ComponentMap, task: s
     fitting = [entry for entry in asked if not without_counterpart(entry.damages, parts)]
     if not fitting:
         missing = without_counterpart(asked[0].damages, parts)[0]
-        raise UserError(f"no study of {atlas} says anything about {missing}; add one of a model with the same parts")
+        remedy = "add one of a model with the same parts"
+        if parts.by not in (theirs := sorted({entry.about["by"] for entry in asked})):
+            remedy = f"choose --by {' or '.join(theirs)}, as these studies are, or {remedy}"
+        raise UserError(f"no study of {atlas} says anything about {missing}; {remedy}")
     return fitting
 
 

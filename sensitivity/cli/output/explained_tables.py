@@ -73,7 +73,9 @@ def _score_checks(
         if no_unit := [name for name, check in checks.by_score.items() if check.error is None]:
             print(f"  –: {', '.join(no_unit)} only order{'s' if len(no_unit) == 1 else ''} plans, in no unit of damage")
         if too_few := [name for name, check in checks.by_score.items() if check.rank_correlation is None]:
-            print(f"  –: too few sums of {', '.join(too_few)} differ for a rank correlation (--check runs more plans)")
+            several = len({scheme for row in scored[0].scores.values() for scheme in row}) > 1
+            how = "--check runs more plans" if several else "plans of one width do not: name more, --bits"
+            print(f"  –: too few sums of {', '.join(too_few)} differ for a rank correlation ({how})")
     for why in dict.fromkeys(one for one in measured.values() if isinstance(one, str)):
         print(f"  not compared with the study: {why}")
 
