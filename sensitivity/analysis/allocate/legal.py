@@ -20,7 +20,7 @@ from sensitivity.spec.runtimes.table import RUNTIMES, abilities, files_of, sweep
 from sensitivity.spec.sizes import Size, budget_bits, size
 from sensitivity.study.study import Study
 
-LARGEST_GRID = 5  # components: at the five default widths a grid over more has more plans than `sweep` takes
+LARGEST_GRID = 5  # components: over more, a grid of the five default widths has over 15,000 plans
 FEWEST_TRIALS = 30  # of a search that is proposed to a study with fewer plans
 
 WIDER = 1.02  # times the size of a plan, from which on its files hold more than it
