@@ -55,11 +55,11 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def few_trees() -> Iterator[None]:
-    """A resample of a ranking grows 5 trees, not 50: for tests of what is said of it, not of its intervals."""
-    from sensitivity.analysis.importance import ranking
+    """Forests that are grown many times have a fifth of their trees: for tests of what is said, not of numbers."""
+    from sensitivity.analysis.importance import estimators
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "RESAMPLED_TREES", 5)
+        patch.setattr(estimators, "tree_count", lambda trees, trials: trees // 5)
         yield
 
 
