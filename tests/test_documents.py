@@ -96,6 +96,16 @@ def test_commands_are_accepted_by_the_parser(page: Path) -> None:
 
 
 @EACH
+def test_grids_are_of_few_components(page: Path) -> None:
+    """Every combination of widths of finer parts is refused for nearly every model."""
+    for line in commands(page):
+        words = shlex.split(line, comments=True)[1:]
+        args = parser_of(VERBS, words).parse_args(words)
+        if getattr(args, "verb", words[0]) == "sweep" and args.search == "grid":
+            assert args.by == "part", line
+
+
+@EACH
 def test_options_exist(page: Path) -> None:
     others = {"--help", "--data", "--smoke", "--list"}  # all but the first are those of experiments
     for one in code(page):

@@ -94,7 +94,7 @@ def test_nothing_is_guessed_where_a_cheaper_part_was_not_measured(tmp_path: Path
     (shown,) = galleries(made, [("x", LOW)], 60)
     assert shown.causes == ()
     assert shown.unexplained == shown.changed > 40
-    assert f"sensitivity failures {made.path} --plan {LOW.key[:8]} --causes" in shown.ask
+    assert f"sensitivity failures {made.path} --plan {LOW.key[:8]} --n {shown.unexplained} --causes" == shown.ask
     write(tmp_path / "page.html", "m", [shown])
     assert f"is not measured for {shown.changed} answers that got worse" in (tmp_path / "page.html").read_text()
 

@@ -19,7 +19,7 @@ from sensitivity.analysis.comparing.versus import MAX_ROWS, SAME, compare_sides
 from sensitivity.analysis.failures.changes import changed_answers
 from sensitivity.cli.main import main
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.plan import Plan
+from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
 from sensitivity.study.trial import Trial
@@ -119,6 +119,19 @@ def test_a_plan_or_study_against_itself_does_not_differ_and_is_said(pair: tuple[
     assert compare_sides(side(study), side(study)).words[-1] == "vqa: 2 plans measured by both, with equal scores."
     two = f"{pair[0].path}:{TWO.key[:8]}"
     assert compare_sides(side(plan), side(two)).notes == ()
+
+
+def test_another_method_is_said(pair: tuple[Study, Study], tmp_path: Path) -> None:
+    """Columns of plans name widths alone where a plan has one method."""
+    plans = [Plan.uniform(pair[0].parts, Scheme(method, 4, "row", True)) for method in ("gptq", "rtn")]
+    other = answered.study(tmp_path / "other", [task("vqa", n=100)], worse(2), ["vqa"], plans=(NATIVE, plans[0]), n=200)
+    sides = side(str(pair[0].path)), side(str(other.path))
+    assert "they differ in method: codes in A, gptq in B" in compare_sides(*sides).notes
+    assert not [note for note in compare_sides(sides[0], side(str(pair[1].path))).notes if "method" in note]
+    keyed = side(f"{other.path}:{plans[0].key}")
+    assert "they differ in method: codes in A, gptq in B" in compare_sides(replace(sides[0], plan=FOUR), keyed).notes
+    native = compare_sides(replace(sides[0], plan=NATIVE), replace(sides[1], plan=NATIVE))
+    assert not [note for note in native.notes if "method" in note]
 
 
 def test_plans_are_paired_on_fresh_examples_if_one_ran_only_there(tmp_path: Path) -> None:
@@ -331,6 +344,11 @@ def test_what_cannot_be_compared_is_said(pair: tuple[Study, Study], tmp_path: Pa
     answered.study(paths.verification_folder(verified.path), [task("vqa", n=4)], worse(4), ["vqa"], n=4)
     with pytest.raises(UserError, match=f"^{re.escape(str(verified.path))} has no measured plan 'abc'"):
         side(f"{verified.path}:abc")  # who named a study is not told of the one in its folder
+    few = answered.study(tmp_path / "few", [task("vqa", n=4)], worse(4), ["vqa"], n=4, plans=(NATIVE, FOUR))
+    two = f"{pair[0].path}:{TWO.key[:8]}"
+    told = f"{few.path} has not measured the plan of {two} (codes: {TWO.describe()}); beside STUDY:KEY, a study stands"
+    with pytest.raises(UserError, match=re.escape(told)):
+        compare_sides(side(str(few.path)), side(two))
     table = planted.study(tmp_path / "table", {"vqa": planted.product}, levels=(4, 16))
     with pytest.raises(UserError, match="hold no answers that could be compared"):
         compare_sides(side(str(table.path)), side(str(pair[0].path)))

@@ -295,6 +295,16 @@ def test_a_prediction_does_not_show_answers_of_an_earlier_verification(
     assert f"| vqa | {before['mean']:.4f} |" in card
 
 
+def test_the_command_for_causes_measures_those_that_are_counted(study: Study) -> None:
+    """Of this task and kind alone, and of all of them, not of the first 20."""
+    (whole,), (some,) = galleries(study, [("x", TWO)], 5), galleries(study, [("x", TWO)], 5, "vqa", "count")
+    start = f"sensitivity failures {study.path} --plan {TWO.key[:8]}"
+    assert whole.unexplained > 20
+    assert whole.ask == f"{start} --n {whole.unexplained} --causes"
+    assert 0 < some.unexplained <= 20
+    assert some.ask == f"{start} --task vqa --kind count --causes"
+
+
 def test_no_cause_is_offered_where_images_are_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A rank is one among all images: no example can be run alone."""
     name = replace(task("vqa", n=20), name="retrieval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,14 @@ from sensitivity.analysis.surrogate.fitting import fit_surrogate
 from sensitivity.analysis.surrogate.space import Expected, Space
 from sensitivity.analysis.surrogate.surrogate import Surrogate
 from sensitivity.analysis.surrogate.transfer import measured_damages, transfer_damages
+from sensitivity.cli import main as cli
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
-from sensitivity.study.storage.expected import read
+from sensitivity.study.storage.expected import note_on, read
 from sensitivity.study.storage.expected import save as save_expected
+from sensitivity.study.storage.paths import expected_file
 from sensitivity.study.study import Study
 
 WHOLE, FINE = (
@@ -102,12 +105,37 @@ def test_what_cannot_be_a_prior_is_said(tmp_path: Path) -> None:
 def test_several_priors_are_averaged_and_kept_in_the_study(tmp_path: Path) -> None:
     one, two = study(tmp_path / "one"), study(tmp_path / "two", noise=0.01)
     new = study(tmp_path / "new", 6)
-    file = expect_from(new, [one.path, two.path], schemes_of(new))
+    expect_from(new, [one.path, two.path], schemes_of(new))
+    file = expected_file(new.path)
     assert file.exists()
     expected = read(new.path)
     assert expected is not None
     assert set(expected) == set(WHOLE.names)
     assert {scheme.bits for scheme in expected["vision"]} <= {2, 3, 4, 8}
+    assert f"`sensitivity recommend {new.path} --prior none` leaves that out" in note_on(new.path)
+
+
+def test_what_was_expected_can_be_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prior that is named once counts for later commands, which say so; `none` is the way back."""
+    monkeypatch.chdir(tmp_path)
+    for name, noise in (("new", 0.0), ("other", 0.05)):
+        study(tmp_path / name, noise=noise)
+    told = []
+    for more in ("", " --prior other", "", " --prior none", "", " --prior none"):
+        assert cli.main(f"recommend new --bpw 4 --no-run --json{more}".split()) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    noted = ["predictions start from what other let expect" in " ".join(one["notes"]) for one in told]
+    assert noted == [False, True, True, False, False, False]
+    assert told[1]["predicted"] == told[2]["predicted"] != told[0]["predicted"] == told[4]["predicted"]
+    (tmp_path / "new" / "expected.json").write_text("mine")
+    assert cli.main(["recommend", "new", "--bpw", "4", "--no-run", "--prior", "none"]) == 2
+    assert (tmp_path / "new" / "expected.json").read_text() == "mine"
+    (tmp_path / "new" / "expected.json").unlink()
+    study(tmp_path / "none")  # a folder of that name is meant
+    assert cli.main(["recommend", "new", "--bpw", "4", "--no-run", "--prior", "none"]) == 0
+    assert "start from what none let expect" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_study_is_no_prior_of_its_own(tmp_path: Path) -> None:

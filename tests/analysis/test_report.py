@@ -19,7 +19,7 @@ from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.observations import observations_of
 from sensitivity.analysis.recommending.judging import judge, unmeasured
-from sensitivity.analysis.recommending.recommendation import Recommendation
+from sensitivity.analysis.recommending.recommendation import Recommendation, warning
 from sensitivity.analysis.reporting import sentences
 from sensitivity.analysis.reporting.page import report
 from sensitivity.analysis.reporting.static_figures import figures_of_task
@@ -173,6 +173,18 @@ def test_a_plan_that_lost_all_is_not_to_be_used(share: float, near: str, study: 
         told = re.search(rf"scores ([0-9.]+) on vqa, {near}, where full precision scores ([0-9.]+)\.", text)
         assert told is not None
         assert float(told[1]) < 0.5 < float(told[2])
+
+
+def test_a_wide_prediction_is_no_warning(study: Study) -> None:
+    """Nobody has looked: that a plan is of no use is said where its score is at chance, or was measured near it."""
+    (first, *_), chance = solve(study, bpw=5.0), {"study": {"chance": {"vqa": 0.35}}}
+    for score, says in (
+        (0.8, ""),
+        (0.3, " Do not use it: it is predicted to score 0.300 on vqa, no better than chance"),
+    ):
+        predicted = {"vqa": replace(first.predicted["vqa"], score=score, low=0.2)}
+        told = warning(unmeasured(study, [replace(first, predicted=predicted)], None, chance))
+        assert told.startswith(says) if says else not told
 
 
 def means(**curves: dict[int, float]) -> pd.DataFrame:

@@ -216,6 +216,8 @@ NAMED = (  # what people typed, and what must be named in the answer
     ("recommend study --no-run --dtype fp16", "--dtype would do nothing with --no-run"),
     ("recommend study --bpw 4,x", "bits per weight above 0 and at most 64"),
     ("recommend study --floor vqa=101%", "above 0 and at most 1"),
+    ("rank study --near 1", "--near takes a share between 0 and 1, such as 0.9"),
+    ("compare study export:1", "is neither a study nor STUDY:KEY"),
     ("recommend study --weight vqa=1 --weight vqa=2", "--weight names 'vqa' twice"),
     ("import table.csv --part a=vision --bits b --score s --out new", "--bits would do nothing without --switch"),
     ("import table.csv --part a=vision --score s --kinds A=ff --out new", "--kinds would do nothing without --kind"),

@@ -16,19 +16,27 @@ from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage import expected
 from sensitivity.study.study import Study
 
+NONE = Path("none")  # in place of priors: what a study expected is forgotten
+
 
 def check_priors(priors: Sequence[Path], out: Path) -> None:
     """Raise an error where a prior is neither an atlas nor a study that has measured enough, or is the one at `out`."""
     study = Study.begun(out)
-    for path in priors:
+    for path in _named(priors):
         _damages(path, study)
 
 
 def expect_from(
     study: Study, priors: Sequence[Path], schemes: Sequence[Scheme], scores: Mapping[str, Expected] | None = None
-) -> Path:
-    """Write into a study the damages that studies, atlases and scores predict for its components, averaged."""
-    scores = scores or {}
+) -> None:
+    """Write into a study the damages that studies, atlases and scores predict for its components, averaged.
+
+    With NONE for a prior and without scores, it expects nothing from here on.
+    """
+    scores, priors = scores or {}, _named(priors)
+    if not priors and not scores:
+        expected.forget(study.path)
+        return
     found = [*scores.values()]
     for path in priors:
         known = _damages(path, study, schemes)
@@ -38,7 +46,12 @@ def expect_from(
         # an atlas may also have studies of models with other parts; if it has no other, the first one says so
         fitting = [one for one in known if not without_counterpart(one, study.parts)] or known[:1]
         found += [transfer_damages(one, study.parts, schemes, path) for one in fitting]
-    return expected.save(study.path, combined(found), ", ".join([*map(str, priors), *scores]))
+    expected.save(study.path, combined(found), ", ".join([*map(str, priors), *scores]))
+
+
+def _named(priors: Sequence[Path]) -> Sequence[Path]:
+    """The priors; nothing for NONE alone, where no folder or file has that name."""
+    return [] if list(priors) == [NONE] and not NONE.exists() else priors
 
 
 def schemes_of(study: Study) -> list[Scheme]:

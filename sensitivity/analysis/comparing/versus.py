@@ -150,6 +150,9 @@ def _notes(first: Side, second: Side) -> Iterator[str]:
         ours, theirs = a.meta.get(what), b.meta.get(what)
         if ours != theirs:
             yield f"they differ in {what}: {ours} in A, {theirs} in B"
+    ours, theirs = _methods(a, first.plan or second.plan), _methods(b, second.plan or first.plan)
+    if ours and theirs and ours != theirs:
+        yield f"they differ in method: {ours} in A, {theirs} in B"
     if a.format != b.format:
         ours, theirs = (f"as {one.format} files store it" if one.format else "of the plan alone" for one in (a, b))
         yield f"size is counted {ours} in A, {theirs} in B, so the same bpw is not the same size"
@@ -157,9 +160,21 @@ def _notes(first: Side, second: Side) -> Iterator[str]:
         yield f"they differ in components: by {a.parts.by} in A, by {b.parts.by} in B"
 
 
+def _methods(study: Study, plan: Plan | None) -> str:
+    """The methods of a plan, or of all plans that a study measured."""
+    plans = [plan] if plan else [trial.plan for trial in study.measured()]
+    return ", ".join(sorted({scheme.method for one in plans for scheme in one.distinct_schemes}))
+
+
 def _same(study: Study, other: Side) -> Plan:
     """The plan of the other side, as this study measured it."""
     assert other.plan is not None, "one side names a plan"
+    if not any(trial.key == other.plan.key for trial in study.measured()):
+        raise UserError(
+            f"{study.path} has not measured the plan of {other.name} ({_methods(study, other.plan)}: "
+            f"{other.plan.describe()}); beside STUDY:KEY, a study stands for the same plan in it, and another plan of "
+            "it is STUDY:KEY, too"
+        )
     return study.plan_named(other.plan.key)
 
 

@@ -19,6 +19,7 @@ from sensitivity.tasks.examples.types import Example
 from sensitivity.tasks.table import retrieval_among
 
 MAX_EXPLAINED = 6  # calibration examples that are shown
+SHOWN, MOST = 20, 1_000  # examples, of which as many causes are measured: by default, and at most
 MAX_TEXT = 400  # characters of a question or an answer on a card
 
 
@@ -95,8 +96,7 @@ def galleries(
     for title, plan in plans:
         where = study_of(study, plan)
         pictures = known.setdefault(str(where.path), Pictures(where.meta))
-        ask = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:KEY_LENGTH]} --causes"
-        made.append(gallery_of(title, where, plan, pictures, most, task, kind, ask=ask, home=study.path))
+        made.append(gallery_of(title, where, plan, pictures, most, task, kind, home=study.path))
     return made
 
 
@@ -109,13 +109,12 @@ def gallery_of(
     task: str = "",
     kind: str = "",
     part: str = "",
-    ask: str = "",
     home: Path | None = None,
 ) -> FailureGallery:
     """The gallery of a plan of the study that has its answers; without pictures where none are wanted.
 
     `home` is the folder of the study that was swept, if the answers are those of its verification. With `part`, only
-    answers that this part mends are shown. `ask` is the command that measures what mends the others.
+    answers that this part mends are shown.
     """
     if part and part not in (*study.parts.names, NO_PART):
         raise unknown("part", part, (*study.parts.names, NO_PART))
@@ -134,14 +133,21 @@ def gallery_of(
     counts = [row for row in counts if not kind or row["kind"] == kind] or counts
     notes = tuple(notes_on(cards)) if pictures else ()
     ranked = retrieval_among(study.meta.get("tasks", ()))  # no single one of its examples can be run again
-    unexplained = sum(
-        one.cost > 0 and why is None and one.task not in ranked for one, why in zip(every, causes, strict=True)
-    )
+    worse = [why for one, why in zip(every, causes, strict=True) if one.cost > 0 and one.task not in ranked]
+    unexplained = worse.count(None)
+    ask = _asks_causes(home or study.path, plan, task, kind, len(worse)) if len(worse) - unexplained < MOST else ""
     return FailureGallery(
         title, plan, "full precision", tuple(counts), len(shown), cards, notes, causes=tuple(tally(causes)),
         unexplained=unexplained, ask=ask, part=part,
         explained=tuple(known), calibration=tuple(_calibration_cards(known)),
     )  # fmt: skip
+
+
+def _asks_causes(home: Path, plan: Plan, task: str, kind: str, worse: int) -> str:
+    """The command that measures which part mends each of so many answers that got worse, the first MOST at most."""
+    given = {"--task": task, "--kind": kind, "--n": min(worse, MOST) if worse > SHOWN else 0}
+    typed = "".join(f" {flag} {shell_word(value)}" for flag, value in given.items() if value)
+    return f"sensitivity failures {shell_word(home)} --plan {plan.key[:KEY_LENGTH]}{typed} --causes"
 
 
 def _calibration_cards(known: Sequence[Explained]) -> Iterator[ExplainedCard]:

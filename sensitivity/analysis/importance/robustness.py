@@ -37,7 +37,8 @@ def near_operating_point(observations: Observations, share: float) -> Observatio
     kept = observations.where(_expected(forest, observations) >= share * observations.full)
     if len(kept) < 8:
         raise UserError(
-            f"only {count(len(kept), 'trial')} within {100 * share:.0f} % of full precision: too few to rank"
+            f"only {count(len(kept), 'trial')} would keep {100 * share:.0f} % of full precision's score, as a forest "
+            "that has not seen them predicts: too few to rank"
         )
     return kept
 

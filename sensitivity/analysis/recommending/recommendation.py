@@ -182,7 +182,9 @@ def what_is_lost(one: Recommendation) -> dict[str, str]:
         measured = one.by_task.get(task)
         if measured is not None and measured.clusters < LEAST_CLUSTERS:
             continue
-        if why := _reason(score, low, one.full_on(task), levels.get(task) or 0.0):
+        # a wide interval of a prediction says that nobody looked, not that the plan is of no use
+        least = low if kind == "measured" else score
+        if why := _reason(score, least, one.full_on(task), levels.get(task) or 0.0):
             lost[task] = f"{'scores' if kind == 'measured' else 'is predicted to score'} {score:.3f} on {task}, {why}"
     return lost
 

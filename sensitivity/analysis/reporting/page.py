@@ -212,7 +212,7 @@ def _near(study: Study, observations: Observations) -> pd.DataFrame | None:
     columns = {}
     with contextlib.suppress(UserError):  # too few such plans, or all with one score: no column
         close = rank(study, observations.task, near=robustness.NEAR, bootstraps=0, thorough=False)
-        name = f"within {100 * (1 - robustness.NEAR):.0f} % of full precision ({close.trials} trials)"
+        name = f"predicted within {100 * (1 - robustness.NEAR):.0f} % of full precision ({close.trials} trials)"
         columns[name] = close.table["consensus"]
     around = robustness.by_budget(observations, [3.0, 4.0, 6.0])
     for budget, row in around.iterrows():

@@ -18,6 +18,7 @@ from sensitivity.spec.errors import shell_word
 from sensitivity.spec.plan import few_names
 from sensitivity.spec.sizes import bytes_in_words
 from sensitivity.study.counting import count
+from sensitivity.study.storage import expected
 from sensitivity.study.study import Study
 
 
@@ -155,6 +156,8 @@ def _sure(study: Study, recommendations: Sequence[Recommendation], ranked: Seque
             examples = "fresh examples" if one.fresh else "examples that had a part in the choice"
             lines.append(f"{at}{'it' if at else 'It'} was run on {examples} and {scored}{kept}.{seen}")
         lines.append(f"{at}{one.words}")
+    if note := expected.note_on(study.path):
+        lines.append(_sentences([note]))
     if not recommendations and not ranked:
         lines.append("Not at all yet: no part could be ranked, for the reason given below, and no plan was run.")
     if study.meta.get("left_out"):

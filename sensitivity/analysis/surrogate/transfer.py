@@ -15,6 +15,7 @@ from sensitivity.analysis.surrogate.surrogate import Surrogate
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Scheme
+from sensitivity.study.counting import count
 from sensitivity.study.study import Study
 
 Curve = tuple[tuple[float, ...], tuple[float, ...]]  # bits, rising, and the logarithm of the damage at each
@@ -61,7 +62,7 @@ def additive_surrogate(study: Study, task: str | None = None) -> Surrogate:
     observations = observations_of(study, task)
     if len(set(observations.keys)) < MIN_PLANS:
         raise UserError(
-            f"{study.path} has measured {len(set(observations.keys))} plans, too few to learn damages from; "
+            f"{study.path} has measured {count(len(set(observations.keys)), 'plan')}, too few to learn damages from; "
             f"at least {MIN_PLANS} are needed"
         )
     space = Space.of(observations.plans)

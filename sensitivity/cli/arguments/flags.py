@@ -272,7 +272,7 @@ def add_prior(p: argparse.ArgumentParser) -> None:
         default=(),
         metavar="STUDY[,STUDY]",
         help="studies of another method, task, size or model, or atlases of such studies; the surrogate expects the"
-        " damage that they measured, until scores of this study disagree",
+        " damage that they measured, until scores of this study disagree; the study keeps that, and 'none' forgets it",
     )
 
 

@@ -113,8 +113,11 @@ def bpw(text: str) -> float:
 
 
 def fraction(text: str) -> float:
-    """A share above 0 and at most 1."""
-    return _number(text, "a share above 0 and at most 1, such as 0.9", 1.0, above=True)
+    """A share between 0 and 1."""
+    words = "a share between 0 and 1, such as 0.9"
+    if (share := _number(text, words, 1.0, above=True)) == 1:
+        raise error(words, text)
+    return share
 
 
 def width(text: str) -> int:

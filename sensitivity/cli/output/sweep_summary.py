@@ -40,8 +40,8 @@ def show_summary(args: argparse.Namespace, study: Study) -> dict[str, object]:
                 f"for {goal:.4f}"
                 f"{missed if known >= goal and not facts['waiting'] else ''}"
             )
-        if origin is not None:
-            print(f"Predictions start from what {origin} let expect of each component, as far as no score disagrees.")
+        if note := expected.note_on(study.path):
+            print(f"{note[:1].upper()}{note[1:]}.")
         legal = f" --runtime {args.runtime}" if args.runtime else ""
         recommend = f"sensitivity recommend {shell_word(args.out)} --bpw {_budget(study):g}{legal}"
         print(f"{_progress_words(facts, args.out)}; next: {recommend}")

@@ -28,7 +28,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--near",
         type=values.fraction,
         metavar="SHARE",
-        help="only trials that reach this share of full precision's score, such as 0.9",
+        help="only trials that are predicted to reach this share of full precision's score, such as 0.9, by a forest"
+        " that has not seen them: measured scores alone would keep the lucky ones",
     )
     p.add_argument(
         "--bootstraps", type=values.resamples, default=100, help="resamples behind the intervals (default: 100)"

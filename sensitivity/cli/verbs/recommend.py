@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     best, places = _saved(study, best)
     ran = [_in_runtime(args, study, one, vlm, times, request) for one in best]
     notes = dict.fromkeys(note for task in request.weights for note in observations_of(study, task).notes)
-    if (origin := expected.origin_of(study.path)) is not None:
-        notes[f"predictions start from what {origin} let expect of each component, as far as no score disagrees"] = None
+    if note := expected.note_on(study.path):
+        notes[note] = None
     if not args.json:
         for note in notes:
             print(f"note: {note}")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sensitivity.spec import schema
-from sensitivity.spec.files import check_may_replace, write_atomically
+from sensitivity.spec.errors import shell_word
+from sensitivity.spec.files import check_may_replace, discard, write_atomically
 from sensitivity.spec.plan import Scheme
 from sensitivity.study.storage import paths
 
@@ -28,6 +29,13 @@ def save(study: Path, expected: Expected, source: str) -> Path:
     return file
 
 
+def forget(study: Path) -> None:
+    """Expect nothing any more; a file of another origin stays, with an error."""
+    file = paths.expected_file(study)
+    check_may_replace(file, lambda there: schema.why_foreign(there, "expected"))
+    discard(file, ours=True)
+
+
 def read(study: Path) -> Expected | None:
     """The damages that a study expected; None where it expected none."""
     file = paths.expected_file(study)
@@ -37,6 +45,16 @@ def read(study: Path) -> Expected | None:
     for row in schema.read(file, "expected", REPAIR)["damages"]:
         damages.setdefault(row["component"], {})[Scheme.from_json(row["scheme"])] = float(row["damage"])
     return damages
+
+
+def note_on(study: Path) -> str:
+    """What the predictions of a study start from, and how to leave it out; an empty string where it expects nothing."""
+    if (origin := origin_of(study)) is None:
+        return ""
+    return (
+        f"predictions start from what {origin} let expect of each component, as far as no score disagrees; "
+        f"`sensitivity recommend {shell_word(study)} --prior none` leaves that out from then on"
+    )
 
 
 def origin_of(study: Path) -> str | None:

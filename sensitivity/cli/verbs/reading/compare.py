@@ -20,10 +20,9 @@ HEADS = (
 
 def arguments(p: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
+    said = "a study, or STUDY:KEY for one plan of it, beside which a study stands for the same plan in it"
     for name in ("a", "b"):
-        p.add_argument(
-            name, type=values.model_or_task, metavar=name.upper(), help="a study, or STUDY:KEY for one plan of it"
-        )
+        p.add_argument(name, type=values.model_or_task, metavar=name.upper(), help=said)
     p.add_argument(
         "--out",
         type=path_values.file,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.progress import show_progress
 from sensitivity.cli.output.tables import print_answer_counts, print_table
-from sensitivity.spec.errors import UserError, shell_word
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEY_LENGTH
 
 if TYPE_CHECKING:
@@ -71,11 +71,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.causes:
         _measure_causes(args, measured_in, plan)
     pictures = None if args.out is None else Pictures(measured_in.meta)
-    again = f"sensitivity failures {shell_word(study.path)} --plan {plan.key[:KEY_LENGTH]} --causes"
-    ask = "" if args.causes else again
     where = on_examples_of(study, measured_in)
     failures = gallery_of(
-        f"What breaks first, {where}", measured_in, plan, pictures, args.n, task, kind, args.part or "", ask, study.path
+        f"What breaks first, {where}", measured_in, plan, pictures, args.n, task, kind, args.part or "", study.path
     )
     if args.out is not None:
         failures_page.write(args.out, study.parts.model, [failures])
@@ -140,17 +138,19 @@ def _plan(study: Study, wanted: str | None) -> Plan:
 
 def _show(failures: FailureGallery) -> None:
     """Print a row for each change, and how many answers each part mends."""
+    from sensitivity.analysis.failures.causes import NO_PART
     from sensitivity.study.counting import count
 
     if not failures.cards:
-        print("\nNo answer changed." if not failures.part else f"\nNo answer is known to be mended by {failures.part}.")
+        mended = "that no single part mends" if failures.part == NO_PART else f"to be mended by {failures.part}"
+        print(f"\nNo answer is known {mended}." if failures.part else "\nNo answer changed.")
     else:
         _changes(failures)
     if failures.causes:
         counted = ", ".join(f"{part} {number}" for part, number in failures.causes)
         print(f"\nMended by the cheapest part that is enough, given back its bits alone: {counted}.")
     if failures.unexplained:
-        how = f": {failures.ask} measures it" if failures.ask else " (--n sets for how many it is measured)"
+        how = f": `{failures.ask}` measures it" if failures.ask else ""
         print(f"The cause is not measured for {count(failures.unexplained, 'answer')} that got worse{how}.")
 
 
