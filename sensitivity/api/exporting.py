@@ -16,7 +16,7 @@ from sensitivity.analysis.allocate.budget import Candidate
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.analysis.recommending.kept_recommendation import verified_for
 from sensitivity.analysis.recommending.recommendation import Recommendation
-from sensitivity.api.imported_plans import plan_of_model
+from sensitivity.api.imported_plans import best_of_model, plan_of_model
 from sensitivity.api.recommending import FRESH
 from sensitivity.api.saved_recommendations import measured_facts
 from sensitivity.api.sweeping import sweep, with_calibration
@@ -203,6 +203,8 @@ def export_from(
         study, plan, facts = _read_plan(file)
     else:
         best = _best_plan(study, bpw, runtime)
+        if "imported" in study.meta and best.size.sized and format != "plan":
+            best = best_of_model(study, best, runtime, options.get("model"), format)
         warnings.warn(_choice_in_words(study, best, runtime), Notice, stacklevel=2)
         plan, facts = best.plan, {}
     return export(study, plan, out, format, force, facts, keep=[source], **options)
@@ -268,10 +270,13 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str) -> str:
     typed = f"{shell_word(study.path)} --bpw {best.budget:g}" + (
         f" --runtime {runtime}" if RUNTIMES[runtime].title else ""
     )
-    return (
-        f"{chosen}, which was never measured; predicted: {', '.join(shares)}; `sensitivity recommend {typed}` measures "
-        "the best plans, for an export of its plan.json"
+    how = (
+        ""
+        if "imported" in study.meta
+        # a table has no model to run
+        else (f"; `sensitivity recommend {typed}` measures the best plans, for an export of its plan.json")
     )
+    return f"{chosen}, which was never measured; predicted: {', '.join(shares)}{how}"
 
 
 def _instead(study: Study, plan: Plan, name: str) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from sensitivity.analysis.allocate.budget import Candidate
+from sensitivity.analysis.allocate.infeasibility import NothingFits
+from sensitivity.analysis.allocate.legal import best_legal_plan
 from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS, needs_data
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.runtimes.table import files_of
+from sensitivity.spec.sizes import budget_bits, size
 from sensitivity.study.study import Study
 
 
@@ -18,17 +25,42 @@ def plan_of_model(study: Study, plan: Plan, model: VLM | str | None, format: str
             f"{study.path} was imported from a table and holds no weights. To write the plan alone, name a file: --out "
             "plan.json. To write weights, name a --format other than plan, and the model: --model MODEL"
         )
-    if model is None:
-        raise UserError(
-            f"{study.path} was imported from a table and holds no weights: name the model that the table is about, "
-            "--model MODEL"
-        )
+    without = ""
     for scheme in plan.distinct_schemes:
         if scheme.method not in METHODS or needs_data(scheme):
             why = "needs calibration data, which a table does not name" if scheme.method in METHODS else "is no method"
-            raise UserError(f"'{scheme.method}' {why}: import the table with --method, such as --method rtn")
+            without = f"'{scheme.method}' {why}: import the table with --method, such as --method rtn"
+    if model is None:
+        raise UserError(
+            f"{study.path} was imported from a table and holds no weights: name the model that the table is about, "
+            f"--model MODEL{f'; and {without}' if without else ''}"
+        )
+    if without:
+        raise UserError(without)
     parts = inspect(model, by=study.parts.by)
-    native = dict.fromkeys(parts.names)
-    whole = Plan(tuple({**native, **dict(plan.schemes)}.items()))
+    whole = _of_all(parts, plan)
     whole.check(parts)
     return parts, whole
+
+
+def best_of_model(study: Study, best: Candidate, runtime: str, model: VLM | str | None, format: str) -> Candidate:
+    """The best plan for a budget whose files keep to it with all that they store, given the best one by codes alone.
+
+    A table has no shapes, so that scales can be counted only here. Each further plan has fewer bits of codes.
+    """
+    asked = best.budget
+    parts, _ = plan_of_model(study, best.plan, model, format)
+    while (stored := size(parts, _of_all(parts, best.plan), files_of(runtime))).bits > budget_bits(parts, asked):
+        try:
+            best = best_legal_plan(study, runtime, (best.size.bits - 1) / study.parts.numel)
+        except NothingFits:
+            raise UserError(
+                f"no plan fits {asked:g} bpw with all that {format} files store: {best.plan.describe()} takes "
+                f"{stored.bpw:.3f}; ask for more"
+            ) from None
+    return replace(best, budget=asked)
+
+
+def _of_all(parts: ComponentMap, plan: Plan) -> Plan:
+    """A plan of some components, with the others native."""
+    return Plan(tuple({**dict.fromkeys(parts.names), **dict(plan.schemes)}.items()))

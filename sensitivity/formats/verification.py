@@ -61,7 +61,7 @@ def verify(folder: Path | str, device: str = "cpu") -> dict[str, object]:
         outcome |= {
             "verdict": "whole",
             "words": "every file is as it was written; the plan was never measured, so there are no answers to "
-            "compare: `sensitivity recommend` measures the plan that it chooses",
+            "compare: `sensitivity recommend`, of a study that a sweep has made, measures the plan that it chooses",
         }
     else:
         expected = _expected(folder, facts)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
+
 from sensitivity.spec.errors import Failed, NoSpace, UserError
 
 if TYPE_CHECKING:
@@ -188,10 +190,50 @@ def _homes() -> set[Path]:
     return folders | {parent for home in folders for parent in home.parents}
 
 
-def begin_folder(folder: Path) -> None:
+def begin_folder(folder: Path, mode: int = 0o777) -> None:
     """Create a folder that carries the mark of an unfinished one."""
-    folder.mkdir()
+    folder.mkdir(mode)
     mark_unfinished(folder)
+
+
+@contextlib.contextmanager
+def hidden_folder(target: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A folder beside a target, with a mark and a lock until the block ends, and then removed if it is still there.
+
+    What a killed process leaves has no lock, and is known as ours by its mark.
+    """
+    # both names contain our process id and a time, so no other process uses them
+    made = target.with_name(f".{target.name}.{os.getpid()}.{time.monotonic_ns()}")
+    unfinished, begun = made.with_name(f"{made.name}.unfinished"), False
+    try:
+        begin_folder(made, mode)
+        begun = True
+        with locked(made):  # before it gets a name at which other processes look for what was left
+            made.rename(unfinished)
+            yield unfinished
+    finally:
+        for folder in (made, unfinished):
+            discard(folder, ours=begun)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Try to lock a folder; yields whether it is locked now. The kernel unlocks it when the process ends.
+
+    On file systems without locks on folders (some network mounts) this always fails, so nothing is removed.
+    """
+    try:
+        place = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        free = False
+        with contextlib.suppress(OSError):
+            free = filelock.lock_descriptor(place, blocking=False)
+        yield free
+    finally:
+        os.close(place)
 
 
 def mark_unfinished(folder: Path) -> None:

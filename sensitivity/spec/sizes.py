@@ -47,6 +47,7 @@ class Size:
     # bits of keys and values per token, where a plan rounds some; not part of `bits`, since no file holds a cache
     cache_bits: int | None = None
     sized: bool = True  # False where the sizes of components are not known (see ComponentMap): no bytes then
+    shaped: bool = True  # False where shapes are not known: scales and zero points are counted by rows and columns
 
     @property
     def bytes(self) -> int:
@@ -63,6 +64,8 @@ class Size:
         """What was counted, in words."""
         if not self.sized:
             return "as the mean width of the parts, whose sizes are not known"
+        if not self.shaped:
+            return "without scales, since shapes are not known"
         return "all stored" if self.format is None else f"all stored in {self.format} files"
 
     def to_json(self) -> SizeJson:
@@ -195,7 +198,7 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
     codes = sum(c.numel * (s.bits if (s := plan[c.name]) else PAPER_NATIVE_BITS) for c in parts.components)
     bpw_codes = (codes + kept * PAPER_NATIVE_BITS) / parts.numel
     format = format if format in FILES and parts.shaped else None
-    return Size(stored, codes, parts.numel, bpw_codes, format, cache_bits(parts, plan), parts.sized)
+    return Size(stored, codes, parts.numel, bpw_codes, format, cache_bits(parts, plan), parts.sized, parts.shaped)
 
 
 def cache_bits(parts: ComponentMap, plan: Plan) -> int | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,15 @@ import planted
 import pytest
 from scipy.special import stdtrit
 
+from sensitivity import inspect, load, size
 from sensitivity.analysis.allocate.budget import solve
 from sensitivity.analysis.importance.ranking import rank
 from sensitivity.analysis.reporting.page import report
+from sensitivity.api.exporting import export_from
 from sensitivity.cli import main as cli
+from sensitivity.formats.writing.manifest import read
 from sensitivity.spec.errors import UserError
+from sensitivity.spec.files import hidden_folder
 from sensitivity.spec.plan import Plan
 from sensitivity.study.importing.columns import Switches
 from sensitivity.study.importing.imported_study import import_table
@@ -412,8 +419,66 @@ def test_an_export_of_an_imported_table_asks_for_the_model(tmp_path: Path, capsy
     known = json.loads((out / "sensitivity.json").read_text())
     plan = solve(study, bpw=4)[0].plan
     assert (known["model"], Plan.from_json(known["plan"])) == ("embedded:scenes-llava", plan)
+    assert "recommend" not in capsys.readouterr().err  # which has no model to run
     # by no method that there is, or one that a table does not tell the data of
     for method, words in (("codes", "'codes' is no method"), ("gptq", "'gptq' needs calibration data")):
         other = import_table(frame, tmp_path / method, ["cider"], parts=COLUMNS, method=method).study
         assert cli.main(["export", str(other.path), *line[2:], "--force", *model]) == 2
         assert words in capsys.readouterr().err
+        assert cli.main(["export", str(other.path), *line[2:], "--force", *model[:2]]) == 2
+        told = capsys.readouterr().err
+        assert f"--model MODEL; and {words}" in told  # both at once
+    assert cli.main(["legalize", str(tmp_path / "codes"), "--bpw", "4", "--runtime", "openvino"]) == 2
+    assert "`sensitivity sweep MODEL --by part" in capsys.readouterr().err  # and not the table's name
+
+
+@pytest.mark.filterwarnings("ignore::sensitivity.spec.errors.Notice")  # which plan was chosen
+def test_an_export_of_an_imported_table_keeps_to_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table has no shapes, so that scales are counted only where the model is there."""
+    vlm = load("embedded:scenes-llava")
+    parts = inspect(vlm, by="part")
+    numel = {part.name: part.numel for part in parts.components}
+    study = import_table(
+        write(tmp_path, table()),
+        tmp_path / "run",
+        ["cider"],
+        parts=COLUMNS,
+        numel=numel,
+        total=parts.numel,
+        method="rtn",
+    ).study
+    best = solve(study, bpw=4.3)[0]
+    assert best.size.counted == "without scales, since shapes are not known"
+    exact = size(parts, best.plan, "compressed-tensors").bpw
+    assert exact > best.size.bpw + 0.05
+    found = export_from(study.path, exact + 1e-6, tmp_path / "whole", "compressed-tensors", False, model=vlm)
+    assert read(found)["plan"] == best.plan.to_json()
+    for bpw in (exact - 1e-3, 3.0):
+        found = export_from(study.path, bpw, tmp_path / f"of-{bpw}", "compressed-tensors", False, model=vlm)
+        assert size(parts, Plan.from_json(read(found)["plan"]), "compressed-tensors").bpw <= bpw
+    least = min(study.measured(), key=lambda trial: trial.bpw)
+    asked = study.size(least.plan).bpw + 1e-3  # its codes are within that, its files are not
+    told = f"all that compressed-tensors files store: {least.plan.describe()} takes"
+    with pytest.raises(UserError, match=rf"no plan fits .* bpw with {told}"):
+        export_from(study.path, asked, tmp_path / "none", "compressed-tensors", False, model=vlm)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_a_killed_import_leaves_is_removed_by_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing that a running one, or somebody else, has there."""
+    file, line = write(tmp_path, table()), ["--score", "cider", "--part", "v=vision"]
+    code = (
+        "import os, signal, sys\nfrom sensitivity.study.importing import imported_study\n"
+        "imported_study.Study.append = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from sensitivity.cli.main import main\nmain(sys.argv[1:])"
+    )
+    words = ["import", str(file), *line, "--out", str(tmp_path / "runs" / "one")]
+    assert subprocess.run([sys.executable, "-c", code, *words]).returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "runs").iterdir()
+    assert left.name.startswith(".one.")
+    foreign = tmp_path / "runs" / ".two.1.1.unfinished"
+    foreign.mkdir()
+    with hidden_folder(tmp_path / "runs" / "three") as running:
+        assert cli.main(words) == 0
+        assert {*(tmp_path / "runs").iterdir()} == {tmp_path / "runs" / "one", foreign, running}
+    assert f"removed what killed processes left: {left}" in capsys.readouterr().err

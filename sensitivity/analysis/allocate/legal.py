@@ -153,7 +153,7 @@ def candidates(
         if failure is not None and not RUNTIMES[runtime].title:  # it holds any plan, such as fake
             raise failure
         if isinstance(failure, NothingFits):
-            raise UserError(f"no plan that {runtime} can load {failure.predicate}") from failure
+            raise NothingFits(f"that {runtime} can load {failure.predicate}") from failure
         raise UserError(f"of the plans that {runtime} can load: {failure}") from failure
     return sorted(solved, key=lambda candidate: -mean_share(candidate.predicted, weights))[:top]
 
@@ -164,7 +164,9 @@ def _usable(study: Study, runtime: str, knapsack: Knapsack) -> list[Scheme]:
     try:
         return restrict(study.parts, sorted(known, key=str), runtime)[0]
     except UserError as error:
-        model, tasks = study.meta.get("model", "MODEL"), study.meta.get("tasks")  # an imported table names no tasks
+        model, tasks = study.meta.get("model", "MODEL"), study.meta.get("tasks")
+        if not tasks:  # an imported table names none, and has a name of its own for a model
+            model = "MODEL"
         typed = f"--by {study.parts.by} {sweep_flags(runtime)}"
         if tasks:
             typed = f"--task {shell_word(','.join(tasks))} --n {study.meta['n']} {typed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from sensitivity.cli.arguments import flags, path_values, values
 from sensitivity.cli.output.tables import print_frontier
@@ -59,6 +60,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Turn the table into a study, and print its frontier."""
+    from sensitivity.formats.writing.unfinished import remove_unfinished
     from sensitivity.spec.errors import UserError
     from sensitivity.study.importing.columns import Switches
     from sensitivity.study.importing.imported_study import import_table
@@ -75,6 +77,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             raise UserError("--switch needs --bits COLUMN, the column with the bit width of what was quantized")
         kinds = {value: tuple(kind.split(",")) for value, kind in args.kinds} or None
         switches = Switches(dict(args.switch), args.bits, args.kind, kinds)
+    if left := remove_unfinished(args.out.parent, but=args.out):
+        print(f"removed what killed processes left: {', '.join(map(str, left))}", file=sys.stderr)
     imported = import_table(
         args.table, args.out, args.score, parts=dict(args.part) or None, switches=switches,
         numel=dict(args.numel) or None, total=args.total, method=args.method, model=args.model,

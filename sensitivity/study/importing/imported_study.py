@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 
 from sensitivity.spec.components import ComponentMap
 from sensitivity.spec.errors import UserError
-from sensitivity.spec.files import disk_error, new_folder
+from sensitivity.spec.files import disk_error, hidden_folder, new_folder
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.study.counting import count, numbers_of
 from sensitivity.study.importing import columns
@@ -111,11 +110,8 @@ def _check_free(out: Path) -> None:
 def _new_study_at(out: Path) -> Iterator[Path]:
     """A hidden folder beside the target, renamed to it at the end: a killed import leaves no study of half a table."""
     try:
-        with (
-            new_folder(out.parent),
-            tempfile.TemporaryDirectory(prefix=f".{out.name[:64]}.", dir=out.parent) as folder,
-        ):
-            yield Path(folder) / "study"
+        with new_folder(out.parent), hidden_folder(out.with_name(out.name[:64])) as folder:
+            yield folder / "study"
             Path(folder, "study").rename(out)  # `_check_free` found no folder there, or an empty one
     except OSError as error:
         raise disk_error(out, error) from error
