@@ -257,7 +257,10 @@ def _best_plan(study: Study, bpw: float | None, runtime: str) -> Candidate:
 def _choice_in_words(study: Study, best: Candidate, runtime: str) -> str:
     """Which plan was chosen for a budget, and its scores as measured, or else as predicted and how to measure it."""
     counted = "" if best.size.sized else f" {best.size.counted}"
-    chosen = f"chosen for {best.budget:g} bpw{counted}: {best.plan.describe()}"
+    chosen = f"chosen for {best.budget:g} bpw{counted}"
+    if unfit := next(iter(verified_for(study, best.budget)), None):
+        chosen += f", within which {runtime} does not hold the plan that was verified for it ({unfit})"
+    chosen += f": {best.plan.describe()}"
     if scores := measured_facts(study, best.plan)[0].get("scores"):
         means = {task: score["mean"] for task, score in scores.items()}
         return f"{chosen}; measured: {', '.join(f'{task} {mean:.3f}' for task, mean in means.items())}"
@@ -270,12 +273,9 @@ def _choice_in_words(study: Study, best: Candidate, runtime: str) -> str:
     typed = f"{shell_word(study.path)} --bpw {best.budget:g}" + (
         f" --runtime {runtime}" if RUNTIMES[runtime].title else ""
     )
-    how = (
-        ""
-        if "imported" in study.meta
-        # a table has no model to run
-        else (f"; `sensitivity recommend {typed}` measures the best plans, for an export of its plan.json")
-    )
+    how = f"; `sensitivity recommend {typed}` measures the best plans, for an export of its plan.json"
+    if "imported" in study.meta:  # a table has no model to run
+        how = ""
     return f"{chosen}, which was never measured; predicted: {', '.join(shares)}{how}"
 
 

@@ -122,6 +122,10 @@ def test_the_plan_that_was_verified_for_a_budget_is_the_one_that_is_exported(
         assert json.loads((out / "sensitivity.json").read_bytes())["plan"] == one["plan"]
     assert cli.main(f"export {study} --bpw 5 --format fake --out {folder / 'of-5'}".split()) == 0
     assert "chosen for 5 bpw: " in capsys.readouterr().err  # nothing was verified for that
+    best = exporting.best_legal_plan(Study(study), "fake", 4.0)
+    told = exporting._choice_in_words(Study(study), best, "fake")  # where the verified one would not fit
+    verified = next(one["path"] for one in found["budgets"] if one["budget_bpw"] == 4)
+    assert f"within which fake does not hold the plan that was verified for it ({verified}): " in told
     for name, value in (("violations", ["a rule"]), ("budget_bits", 1)):
         with monkeypatch.context() as patch:
             patch.setattr(exporting, name, lambda *_, value=value: value)
