@@ -16,7 +16,7 @@ from sensitivity.analysis.allocate.budget import Candidate
 from sensitivity.analysis.allocate.legal import Legal, best_legal_plan, legalize
 from sensitivity.analysis.recommending.kept_recommendation import verified_for
 from sensitivity.analysis.recommending.recommendation import Recommendation
-from sensitivity.api.imported_plans import best_of_model, plan_of_model
+from sensitivity.api.imported_plans import best_of_model, over_budget, plan_of_model
 from sensitivity.api.recommending import FRESH
 from sensitivity.api.saved_recommendations import measured_facts
 from sensitivity.api.sweeping import sweep, with_calibration
@@ -88,6 +88,8 @@ def export(
     out, meta, parts = Path(out), study.meta, study.parts
     if "imported" in meta and not (format == "plan" and out.suffix == ".json"):  # which holds no weights
         parts, plan = plan_of_model(study, plan, model, format)
+        if note_on_size := over_budget(study, parts, plan, (facts or {}).get("budget_bpw"), runtime or format):
+            warnings.warn(note_on_size, Notice, stacklevel=2)
     _check_loadable(study, parts, plan, format, runtime or format)
     may_be_written(out, format, force, [study.path, *keep])  # before anything that takes long
     if format in CHECKS:

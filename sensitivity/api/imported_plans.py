@@ -11,7 +11,7 @@ from sensitivity.models.discovery import inspect
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS, needs_data
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, shell_word
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.sizes import budget_bits, size
@@ -29,7 +29,9 @@ def plan_of_model(study: Study, plan: Plan, model: VLM | str | None, format: str
     for scheme in plan.distinct_schemes:
         if scheme.method not in METHODS or needs_data(scheme):
             why = "needs calibration data, which a table does not name" if scheme.method in METHODS else "is no method"
-            without = f"'{scheme.method}' {why}: import the table with --method, such as --method rtn"
+            without = (
+                f"'{scheme.method}' {why}: import the table, into another --out, with --method, such as --method rtn"
+            )
     if model is None:
         raise UserError(
             f"{study.path} was imported from a table and holds no weights: name the model that the table is about, "
@@ -59,6 +61,18 @@ def best_of_model(study: Study, best: Candidate, runtime: str, model: VLM | str 
                 f"{stored.bpw:.3f}; ask for more"
             ) from None
     return replace(best, budget=asked)
+
+
+def over_budget(study: Study, parts: ComponentMap, plan: Plan, asked: object, runtime: str) -> str:
+    """That files take more than the budget for which a plan was chosen by codes alone; an empty string if they do not."""
+    stored = size(parts, plan, files_of(runtime))
+    if not study.parts.sized or not isinstance(asked, float | int) or stored.bits <= budget_bits(parts, asked):
+        return ""
+    return (
+        f"the plan takes {stored.bpw:.3f} bpw {stored.counted}, more than the {asked:g} for which it was chosen: the "
+        f"table has no shapes, so that scales were not counted; `sensitivity export {shell_word(study.path)} --bpw "
+        f"{asked:g}` with the same --format, --model and --out keeps to them"
+    )
 
 
 def _of_all(parts: ComponentMap, plan: Plan) -> Plan:

@@ -462,6 +462,19 @@ def test_an_export_of_an_imported_table_keeps_to_the_budget(tmp_path: Path, caps
     with pytest.raises(UserError, match=rf"no plan fits .* bpw with {told}"):
         export_from(study.path, asked, tmp_path / "none", "compressed-tensors", False, model=vlm)
     assert not (tmp_path / "none").exists()
+    # a plan.json was chosen by codes alone: it is what was asked for, and written with a note
+    line = f"{study.path} --bpw {best.size.bpw + 0.01:g}"
+    assert cli.main(f"recommend {line} --no-run".split()) == 0
+    assert (
+        "bits per weight without scales, since shapes are not known (codes alone"
+        in (study.path / "plan.md").read_text()
+    )
+    words = f"export {study.path / 'plan.json'} --format fake --model embedded:scenes-llava --out {tmp_path / 'own'}"
+    capsys.readouterr()
+    assert cli.main(words.split()) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"more than the {best.size.bpw + 0.01:g} for which it was chosen: the table has no shapes" in told
+    assert f"`sensitivity export {line}` with the same" in told
 
 
 def test_what_a_killed_import_leaves_is_removed_by_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,10 @@ def _plan_lines(parts: ComponentMap, plan: Plan, facts: TrialFacts, verdict: str
         kept = sum(one.numel for one in parts.kept)
         yield f"| kept ({_reasons(parts)}) | native | | | | {kept:,} | {kept_bits(parts) // 8:,} |"
     if parts.sized:
-        total = f"{weighs.bytes:,} bytes, {weighs.bpw:.3f} bits per weight (codes alone: {weighs.bpw_codes:.3f})."
+        lacks = "" if parts.shaped else f" {weighs.counted}"
+        total = (
+            f"{weighs.bytes:,} bytes, {weighs.bpw:.3f} bits per weight{lacks} (codes alone: {weighs.bpw_codes:.3f})."
+        )
     else:
         total = f"{weighs.bpw:.3f} bits per weight, {weighs.counted}."
     yield from ("", total)
