@@ -64,14 +64,14 @@ def best_of_model(study: Study, best: Candidate, runtime: str, model: VLM | str 
 
 
 def over_budget(study: Study, parts: ComponentMap, plan: Plan, asked: object, runtime: str) -> str:
-    """That files take more than the budget for which a plan was chosen by codes alone; an empty string if they do not."""
+    """That files take more than the budget for which a plan was chosen by codes alone; else an empty string."""
     stored = size(parts, plan, files_of(runtime))
     if not study.parts.sized or not isinstance(asked, float | int) or stored.bits <= budget_bits(parts, asked):
         return ""
     return (
         f"the plan takes {stored.bpw:.3f} bpw {stored.counted}, more than the {asked:g} for which it was chosen: the "
         f"table has no shapes, so that scales were not counted; `sensitivity export {shell_word(study.path)} --bpw "
-        f"{asked:g}` with the same --format, --model and --out keeps to them"
+        f"{asked:g}` with the same --format, --model and --out keeps to it"
     )
 
 
