@@ -71,7 +71,7 @@ def over_budget(study: Study, parts: ComponentMap, plan: Plan, asked: object, ru
     return (
         f"the plan takes {stored.bpw:.3f} bpw {stored.counted}, more than the {asked:g} for which it was chosen: the "
         f"table has no shapes, so that scales were not counted; `sensitivity export {shell_word(study.path)} --bpw "
-        f"{asked:g}` with the same --format, --model and --out keeps to it"
+        f"{asked:g} --format NAME --model MODEL --out DIR` keeps to it"
     )
 
 

@@ -474,7 +474,7 @@ def test_an_export_of_an_imported_table_keeps_to_the_budget(tmp_path: Path, caps
     assert cli.main(words.split()) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert f"more than the {best.size.bpw + 0.01:g} for which it was chosen: the table has no shapes" in told
-    assert f"`sensitivity export {line}` with the same" in told
+    assert f"`sensitivity export {line} --format NAME --model MODEL --out DIR` keeps to it" in told
 
 
 def test_what_a_killed_import_leaves_is_removed_by_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
