@@ -1,13 +1,15 @@
-"""On a GPU: every method's answers beside the CPU's, and what plans of LLaVA-1.5-7B's shape cost.
+"""On a GPU: every method's answers beside the CPU's, and what plans and scores of LLaVA-1.5-7B's shape cost.
 
 python -m experiments.benchmarks.gpu rows --device cpu --out cpu.parquet
 python -m experiments.benchmarks.gpu rows --device cuda --out cuda.parquet
 python -m experiments.benchmarks.gpu compare cpu.parquet cuda.parquet   # a line for each row of each model
 python -m experiments.benchmarks.gpu plans [--device cuda] [--shrink 8] [--n 256]
+python -m experiments.benchmarks.gpu scores [--device cuda] [--shrink 8] [--n 32]
 
 `rows` sweeps one plan for each method, all parts at 3 bits or the width next to it, in float32. Codes may differ where
 a sum in another order falls on the other side of a boundary, so scores are compared, and log-likelihoods on average.
-`plans` runs 16 plans of random weights; what they answer means nothing, what they cost does.
+`plans` runs 16 plans of random weights, `scores` computes the scores that need a backward pass, for five widths, and
+explains one plan; what they answer means nothing, what they cost does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from experiments.benchmarks.seven_billion import gigabytes, llava
 from experiments.methods.comparison.rows import BOTH, CANNOT, MODELS, ROWS, kind, scheme_of, widths_of
 from sensitivity.api.sweeping import begin_sweep, sweep, with_calibration
+from sensitivity.measure.attribution.calibrated import Calibrated
+from sensitivity.measure.attribution.weight_errors import plan_changes
+from sensitivity.measure.calibrate.calibration import calibration_examples, calibration_statistics
 from sensitivity.measure.evaluation import evaluate
+from sensitivity.measure.gradients.backward import in_rows_that_fit
+from sensitivity.measure.gradients.path_integral import integrate_path
 from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.passes.token_batches import ROWS as AT_ONCE
+from sensitivity.measure.passes.token_batches import TokenBatch, answer_batches
 from sensitivity.models.checkpoint import model_folder
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
@@ -168,6 +178,51 @@ def plans(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def scores(args: argparse.Namespace) -> None:
+    """Print seconds and memory of scores at five widths and of one path integral, beside a forward pass."""
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    vlm, on_gpu = with_words(args.shrink, args.device, dtype), args.device.startswith("cuda")
+    parts = inspect(vlm, by="group.kind")
+    loaded, data = gigabytes(args.device), calibration_examples(["vqa"], args.n, 0)
+
+    def timed(action: Callable[[], Any], what: str) -> Any:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        result = action()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds, beyond = time.perf_counter() - began, gigabytes(args.device) - loaded
+        print(f"| {what} | {seconds:.2f} | {beyond:.2f} |", flush=True)
+        return result
+
+    def batches(rows: int) -> Iterator[TokenBatch]:
+        return answer_batches(vlm, data, rows)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for batch in batches(AT_ONCE):
+                vlm.model(**batch.inputs)
+
+    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
+    print(f"{sum(w.numel for w in parts.weights) / 1e9:.2f}e9 weights, model {loaded:.2f} GB, {args.n} examples, ")
+    print(f"widths {args.bits} ({args.method}); {device}, torch {torch.__version__}, {dtype}\n")
+    print("| | s | most beyond the model, GB |\n|---|---|---|")
+    timed(forward, "a forward pass, the first")
+    timed(forward, "a forward pass")
+    asked = [scheme(args.method, int(width)) for width in args.bits.split(",")]
+    schemes, statistics = with_calibration(vlm, parts, asked, ["vqa"], args.n, 0, "float", cache_gb=0)
+    statistics = statistics or calibration_statistics(vlm, parts, ["vqa"], args.n, 0, "float")
+    given = Calibrated(vlm, parts, schemes, statistics, batches)
+    for one in args.kinds.split(","):
+        timed(partial(given.gather, one), f"`{one}` of {len(schemes)} widths")
+    plan = Plan.uniform(parts, schemes[1])
+    changes = plan_changes(vlm.model, parts, plan, statistics)
+    integrate = partial(integrate_path, vlm, parts, changes, max_passes=args.passes)
+    found = timed(lambda: in_rows_that_fit(vlm, batches, integrate), "a plan explained")
+    print(f"\n{found.passes} backward passes, which miss {found.missing:.2%} of a change of {found.change:.3g}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(required=True)
@@ -188,6 +243,15 @@ def main() -> None:
     p.add_argument("--n", type=int, default=256)
     p.add_argument("--memory-gb", type=float, default=40)
     p.set_defaults(run=plans)
+    p = parts.add_parser("scores")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--shrink", type=int, default=1)
+    p.add_argument("--n", type=int, default=32)
+    p.add_argument("--method", default="rtn")
+    p.add_argument("--bits", default="2,3,4,6,8")
+    p.add_argument("--kinds", default="layers,fisher,change,squares", help="parts of scores, each computed alone")
+    p.add_argument("--passes", type=int, default=10, help="the most backward passes to explain a plan")
+    p.set_defaults(run=scores)
     args = parser.parse_args()
     args.run(args)
 

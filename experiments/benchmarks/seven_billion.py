@@ -24,6 +24,7 @@ from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.measure.passes.token_batches import PROMPT, VISION, TokenBatch
 from sensitivity.models.discovery import inspect
 from sensitivity.models.families import family_of
+from sensitivity.models.loading import set_cudnn
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.layer.linears import input_of
 from sensitivity.quantize.scheme_settings import scheme
@@ -44,6 +45,7 @@ def llava(shrink: int, device: str, dtype: torch.dtype, image: int = IMAGE) -> V
         num_attention_heads=16, image_size=336, patch_size=14,
     )  # fmt: skip
     usual = torch.get_default_dtype()
+    set_cudnn()
     torch.manual_seed(0)
     try:
         torch.set_default_dtype(dtype)

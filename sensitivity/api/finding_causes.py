@@ -35,7 +35,8 @@ def begin_causes(vlm: VLM, study: Study, plan: Plan, failed: Sequence[Change]) -
     study.check_model(vlm.name, vlm.fingerprint)
     tasks = _tasks(study, failed)
     _, statistics = with_calibration(vlm, study.parts, plan.distinct_schemes, study.meta["tasks"])
-    codes = WeightCodes(int(MEMORY_GB * GB / 2))  # a weight is quantized once, for all parts that are put back
+    # a weight is quantized once, for all parts that are put back
+    codes = WeightCodes(int(MEMORY_GB * GB / 2), vlm.model)
     done, number_of_parts = 0, len(put_back(study, plan))
     for number in range(number_of_parts):
         restored = put_back(study, plan)  # again, since it reads what the last step measured

@@ -16,9 +16,9 @@ from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.evaluation import Rows, answer, example_rows
 from sensitivity.measure.generate.batches import Batch, batches_by_image
 from sensitivity.measure.install.plan_in_model import prepare, quantized
-from sensitivity.measure.memory.out_of_memory import room_for_states
+from sensitivity.measure.memory.out_of_memory import room_beside
 from sensitivity.measure.memory.prefix_cache import PrefixCache
-from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes
+from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE, WeightCodes, parameter_bytes
 from sensitivity.measure.shards import shard, shard_ends
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import weights_of
@@ -205,14 +205,14 @@ class _SharedWork:
         self.warned_of_pruning = False
         self.shard_begin: int | None = None  # first image of the shard that `batches` holds
         self.cache_bytes = int(memory_gb * GB / 2)
-        self.weights = None if plain else WeightCodes(self.cache_bytes)
+        self.weights = None if plain else WeightCodes(self.cache_bytes, vlm.model)
         self.prefix_cache = None if plain else self._verified_prefix_cache()
 
     def _verified_prefix_cache(self) -> PrefixCache:
         """A prefix cache with only those boundaries that change no answer and no likelihood on a few examples."""
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.vlm.model.parameters())
-        room = room_for_states(self.vlm.device, weights)
-        prefix_cache = PrefixCache(self.vlm.model, self.parts, min(self.cache_bytes, room))
+        room = room_beside(self.vlm.device, parameter_bytes(self.vlm.model))
+        also = self.weights.release if self.weights is not None else lambda: False
+        prefix_cache = PrefixCache(self.vlm.model, self.parts, min(self.cache_bytes, room), also)
         prefix_cache.set_plan(Plan.uniform(self.parts, None))
         task = replace(self.tasks[0], examples=self.tasks[0].examples[:VERIFYING_EXAMPLES])
         few = next(batches_by_image(self.vlm, task))
@@ -224,7 +224,7 @@ class _SharedWork:
         widths = {weights_of(s) for plan in plans for _, s in plan.schemes if s and s.method != KEEP}
         room = sum(w.numel for w in self.parts.weights) * BYTES_PER_CODE * len(widths)
         # otherwise `quantized` solves a layer when a plan needs it, and the least recently used codes are dropped
-        if self.weights is not None and room <= self.cache_bytes:
+        if self.weights is not None and room <= self.cache_bytes + self.weights.room:
             prepare(self.vlm.model, self.parts, plans, self.weights, self.statistics)
 
     def end(self, begin: int) -> int:

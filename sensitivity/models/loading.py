@@ -47,6 +47,14 @@ class LoadingInfo(TypedDict):
     mismatched_keys: set[tuple[str, object, object]]
 
 
+def set_cudnn() -> None:
+    """Choose what cudnn computes on a GPU: convolutions in all bits, and no attention."""
+    # by default it may round a convolution's inputs to 10 bits: pixels of a model in float32 would lose 13
+    torch.backends.cudnn.allow_tf32 = False
+    # it prepares each length of a question anew, which took half the time of a sweep's first plans (reports/gpu.md)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def load(
     name: str,
     *,
@@ -67,8 +75,7 @@ def load(
     """
     torch_device, torch_dtype = device_of(device), dtype_of(dtype)
     if torch_device is None or torch_device.type == "cuda":
-        # cudnn may round a convolution's inputs to 10 bits by default: pixels of a model in float32 would lose 13 bits
-        torch.backends.cudnn.allow_tf32 = False
+        set_cudnn()
     folder, adapter = resolve(name, config_only)
     if adapter is not None:
         base = load(adapter.base, device=device, dtype=dtype, config_only=config_only)

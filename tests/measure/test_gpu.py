@@ -13,10 +13,12 @@ import torch
 from sensitivity.api.sweeping import sweep
 from sensitivity.measure.evaluation import evaluate
 from sensitivity.measure.install.bitsandbytes_modules import with_bitsandbytes
-from sensitivity.measure.install.plan_in_model import quantized
+from sensitivity.measure.install.plan_in_model import prepare, quantized
+from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.models.discovery import inspect
 from sensitivity.models.loading import load
 from sensitivity.models.vlm import VLM
+from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.scheme_settings import scheme
 from sensitivity.spec.errors import Notice
 from sensitivity.spec.plan import Plan, Scheme
@@ -59,6 +61,33 @@ def test_batches_that_do_not_fit_are_halved(there: VLM, little_memory: None, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert few == scores(there, tmp_path / "all")
+
+
+def test_codes_leave_the_gpu_before_an_example_fails(there: VLM, tmp_path: Path) -> None:
+    """What plans share fills the memory: after both are given up, the answers are those of enough memory."""
+    parts, asked = inspect(there, by="part"), task("vqa", n=20)
+    codes, plan = WeightCodes(beside=there.model), Plan.uniform(parts, scheme("rtn", 3))
+    prepare(there.model, parts, [plan], codes)
+    assert codes.bytes_there == codes.bytes > 0
+    with quantized(there.model, parts, plan, codes):
+        before = evaluate(there, asked, plain=True)
+    assert codes.release()
+    assert codes.bytes_there == 0
+    with quantized(there.model, parts, plan, codes):
+        assert evaluate(there, asked, plain=True)["nll"] == before["nll"]
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_products_of_16_bits_lose_nothing_in_tf32(kind: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randn(4000, 1100, generator=draw).to(kind).cuda()
+    exact = tokens.double().T @ tokens.double()
+    found = {}
+    for name, given in (("tf32", tokens), ("float32", tokens.float())):
+        curvature = Curvature(1100, "cuda")
+        curvature.add(given)
+        found[name] = float((curvature.gram - exact).abs().max() / exact.abs().max())
+    assert found["tf32"] < max(3 * found["float32"], 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_no_weights_are_needed(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.usefixtures("briefly_timed")
 def test_hidden_states_take_no_more_than_a_sweep_gives_them(scenes_llava: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = inspect(scenes_llava, by="part")
-    monkeypatch.setattr("sensitivity.measure.forecast.forecast.room_for_states", lambda device, weights: 1000)
+    monkeypatch.setattr("sensitivity.measure.forecast.forecast.room_beside", lambda device, weights: 1000)
     found = forecast_sweep(scenes_llava, parts, grid(parts, bits=(8,)), [task("vqa", n=4)])
     assert found.host["hidden states"] == 1000
 

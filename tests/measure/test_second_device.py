@@ -171,6 +171,7 @@ def test_float32_is_float32_in_convolutions_too(monkeypatch: pytest.MonkeyPatch,
     with SecondDevice():
         load(str(folder), device="cuda", dtype="float32")
     assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_what_is_mixed_is_an_error() -> None:

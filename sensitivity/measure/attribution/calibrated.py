@@ -113,7 +113,7 @@ class Calibrated:
                     vars(self)["layers"] = layers
             together = missing if is_last else with_errors
             run = partial(self._pass, together, {weight.name for weight in group})
-            found, passed = in_rows_that_fit(self.vlm, self.data, run)
+            found, passed = in_rows_that_fit(self.vlm, self.data, run, release=self.errors.release)
             self.loss = passed.loss / max(passed.examples, 1)
             for kind, one, own in zip(together, found, passed.own_seconds, strict=True):
                 self.seconds[kind] = self.seconds.get(kind, 0.0) + passed.seconds + own
@@ -163,7 +163,7 @@ class Calibrated:
         self.answers  # noqa: B018 - computed on the float model, before any component is quantized
         found: dict[str, dict[Scheme, PredictionChange]] = {}
         for name in self.parts.names:
-            memory, plans = WeightCodes(), [self.alone(name, scheme) for scheme in self.schemes]
+            memory, plans = WeightCodes(beside=self.vlm.model), [self.alone(name, scheme) for scheme in self.schemes]
             prepare(self.vlm.model, self.parts, plans, memory, self.statistics)  # all widths of a layer at once
             found[name] = {
                 scheme: self.answers.under(quantized(self.vlm.model, self.parts, plan, memory, self.statistics))

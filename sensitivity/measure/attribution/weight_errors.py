@@ -50,18 +50,23 @@ class WeightErrors:
         self.model, self.schemes, self.statistics = model, schemes, statistics
         self.blocks = parts.regroup("block")
         self.own = {weight.name: model.get_parameter(weight.name).data for weight in parts.weights}
-        self.groups = groups_that_fit(parts, len(schemes), limit)
+        room = self._no_codes().room  # on a GPU, where the codes of more blocks may fit
+        self.groups = groups_that_fit(parts, len(schemes), max(limit, room))
         self.held: tuple[int, WeightCodes] | None = None
         self.place = {weight.name: i for i, group in enumerate(self.by_group()) for weight in group}
 
     def of(self, weight: Weight) -> list[Tensor]:
         """The errors of a weight, one for each scheme; its group is quantized unless it is the one in memory."""
         codes, own = self._codes(self.place[weight.name]), self.own[weight.name]
-        return [codes.dense((weight.name, weights_of(scheme)), own) - own for scheme in self.schemes]
+        return [codes.dequantized((weight.name, weights_of(scheme)), own) - own for scheme in self.schemes]
 
     def hold(self, group: Sequence[Weight]) -> None:
         """Quantize a group now, not when its first error is asked for."""
         self._codes(self.place[group[0].name])
+
+    def release(self) -> bool:
+        """Move codes from a GPU into host memory, because its memory is needed; false if none lay there."""
+        return self.held is not None and self.held[1].release()
 
     def by_group(self) -> Iterator[list[Weight]]:
         """All weights in groups; whoever asks for errors in this order has each weight quantized once."""
@@ -70,11 +75,15 @@ class WeightErrors:
         if len(self.groups) > 1:  # whoever begins again needs the first group, not the last
             self.held = None
 
+    def _no_codes(self) -> WeightCodes:
+        """Memory for codes, which on a GPU lie beside the batches alone: no plan runs."""
+        return WeightCodes(beside=self.model, share=2)
+
     def _codes(self, group: int) -> WeightCodes:
         """The codes of a group, quantized now unless they are in memory."""
         if self.held is None or self.held[0] != group:
             self.held = None  # freed before the next ones are computed
-            codes, asked = WeightCodes(), set(self.groups[group])
+            codes, asked = self._no_codes(), set(self.groups[group])
             plans = [
                 Plan(tuple((name, scheme if name in asked else None) for name in self.blocks.names))
                 for scheme in map(weights_of, self.schemes)

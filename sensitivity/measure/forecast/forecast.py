@@ -20,7 +20,7 @@ from sensitivity.measure.forecast.cost_model import CostModel, TaskSample
 from sensitivity.measure.forecast.hardware import Hardware
 from sensitivity.measure.forecast.rounding import in_queue_order, rounding_seconds
 from sensitivity.measure.loop import MEMORY_GB
-from sensitivity.measure.memory.out_of_memory import room_for_states
+from sensitivity.measure.memory.out_of_memory import room_beside
 from sensitivity.measure.memory.weight_codes import BYTES_PER_CODE
 from sensitivity.measure.shards import MAX_IMAGES, shard_ends
 from sensitivity.models.loading import device_of, dtype_of
@@ -165,7 +165,7 @@ def _work(
         quantized = min(shared_bytes / 2, schemes * BYTES_PER_CODE * weights) + max(
             dense - saved, min(dense, shared_bytes / 2)
         )
-        room = room_for_states(model.hardware.device, 2 * weights * itemsize)  # the model's own, and a plan's
+        room = room_beside(model.hardware.device, 2 * weights * itemsize)  # the model's own, and a plan's
         states = min(shared_bytes / 2, room, sum(model.prefix_cache_bytes(sample) for sample in samples))
     return {
         "weights": float(parts.numel * itemsize),

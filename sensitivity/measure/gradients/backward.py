@@ -139,18 +139,19 @@ def in_rows_that_fit(
     data: Callable[[int], Iterable[TokenBatch]],
     run: Callable[[Callable[[], Iterable[TokenBatch]]], T],
     rows: int = 0,
+    release: Callable[[], bool] | None = None,
 ) -> T:
     """The result of a function of data, in batches whose rows are halved until memory suffices.
 
     `data` makes batches of at most so many rows; `run` gets a function that makes those of one pass. Without `rows`,
-    as many as suit a backward pass come first.
+    as many as suit a backward pass come first. `release` frees memory that `run` can do without.
     """
     rows = rows or rows_backward(data)
     while True:
         attempt = partial(run, partial(data, rows))
-        if (result := run_or_halve(attempt, rows, "the calibration data", vlm.device)) is not None:
+        if (result := run_or_halve(attempt, rows, "the calibration data", vlm.device, release)) is not None:
             return result
-        rows //= 2
+        rows = max(rows // 2, 1)
 
 
 def _is_cache(value: object) -> bool:

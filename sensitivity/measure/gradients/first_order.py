@@ -16,6 +16,7 @@ from torch import Tensor
 from sensitivity.measure.gradients.backward import backward_pass
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
+from sensitivity.quantize.layer.exact_products import exact_in_tf32
 from sensitivity.spec.components import Weight
 from sensitivity.spec.errors import UserError
 
@@ -75,8 +76,11 @@ class Fisher:
     def visit(self, weight: Weight, inputs: Tensor, gradient: Tensor, examples: int) -> None:
         """As `Squares.visit`."""
         if weight.name in self.scored:
-            products = ((inputs.float() @ error.float().T).mul_(gradient) for error in self.errors_of(weight))
-            _add(self.sums, weight.name, torch.stack([one.square().sum() for one in products]).cpu().double())
+            errors, sums = self.errors_of(weight), []
+            with exact_in_tf32(inputs, *errors):
+                for error in errors:
+                    sums.append((inputs.float() @ error.float().T).mul_(gradient).square().sum())
+            _add(self.sums, weight.name, torch.stack(sums).cpu().double())
 
     def end_batch(self) -> None:
         """Nothing is left to do."""
@@ -96,15 +100,16 @@ class Change:
         if weight.name not in self.scored:
             return
         # the sum of g d is that of E times the gradient of the weight, which is one product for all schemes
-        errors = [error.float().flatten() for error in self.errors_of(weight)]
+        errors = torch.stack([error.flatten() for error in self.errors_of(weight)]).float()
         at_once, moved = max(1, NUMBERS_AT_ONCE // weight.numel), []
         read, gradients = (
             torch.split(tokens.float().reshape(examples, -1, tokens.shape[-1]), at_once)
             for tokens in (inputs, gradient)
         )
         for x, g in zip(read, gradients, strict=True):
-            of_weight = torch.bmm(g.transpose(1, 2), x).flatten(1)
-            moved.append(torch.stack([of_weight @ error for error in errors]))
+            with exact_in_tf32(inputs, gradient):
+                of_weight = torch.bmm(g.transpose(1, 2), x).flatten(1)
+            moved.append(errors @ of_weight.T)
         _add(self.batch, weight.name, torch.cat(moved, 1).cpu().double())
 
     def end_batch(self) -> None:

@@ -11,6 +11,7 @@ from sensitivity.measure.gradients.backward import backward_pass, in_rows_that_f
 from sensitivity.measure.passes.block_modules import float_model
 from sensitivity.measure.passes.token_batches import TokenBatch
 from sensitivity.models.vlm import VLM
+from sensitivity.quantize.layer.exact_products import exact_in_tf32
 from sensitivity.spec.components import Weight
 
 FISHER_BYTES = 1 << 30  # bytes of squared gradients in memory at once
@@ -60,7 +61,8 @@ def squared_gradients(vlm: VLM, weights: Sequence[Weight], data: Iterable[TokenB
         tokens = len(inputs) // examples
         for row in range(examples):
             of_row = slice(row * tokens, (row + 1) * tokens)
-            squares[weight.name] += (gradient[of_row].float().T @ inputs[of_row].float()).square()
+            with exact_in_tf32(gradient, inputs):
+                squares[weight.name] += (gradient[of_row].float().T @ inputs[of_row].float()).square()
 
     for batch in data:
         examples = len(batch.examples)

@@ -48,7 +48,7 @@ def quantized(
     asked = set(schemes)  # parameters to change; norms join them where a scheme tweaks those of a block
     if unknown_names := sorted(set(schemes) - set(parameters)):
         raise UserError(f"the plan names weights that this model does not have: {', '.join(unknown_names[:4])}")
-    quantizer = Quantizer(model, parts, WeightCodes(0) if memory is None else memory, statistics)
+    quantizer = Quantizer(model, parts, WeightCodes(0, model) if memory is None else memory, statistics)
     blocks, depends_on_plan = list(_blocks(parts, given)), statistics is not None and statistics.depends_on_plan
     if not depends_on_plan:  # float statistics are collected before the first weight is replaced
         for block in each(blocks, *QUANTIZING, len(blocks)):

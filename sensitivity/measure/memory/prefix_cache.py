@@ -36,9 +36,14 @@ class PrefixCache:
     and drops those that change a single bit.
     """
 
-    def __init__(self, model: nn.Module, parts: ComponentMap, limit: int) -> None:
-        """`limit` is in bytes; a batch whose hidden states exceed it is computed again for every plan."""
-        self.parts, self.limit = parts, limit
+    def __init__(
+        self, model: nn.Module, parts: ComponentMap, limit: int, also: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`limit` is in bytes; a batch whose hidden states exceed it is computed again for every plan.
+
+        `also` frees what else plans share on the device, when `release` is called; it returns whether there was any.
+        """
+        self.parts, self.limit, self.also = parts, limit, also
         self.stages = {part: stage for part in PARTS if (stage := _part_blocks(model, parts, part)).boundaries}
         self.only_boundary: tuple[str, int] | None = None  # in `verify_boundaries`: the one boundary to use
         # per boundary, the schemes upstream of it in the current plan; a recorded state is valid if its key is equal
@@ -142,11 +147,11 @@ class PrefixCache:
         self._bytes = 0
 
     def release(self) -> bool:
-        """Free all hidden states for good, because the memory is needed; false if there were none."""
+        """Free what plans share on the device for good, because the memory is needed; false if there was nothing."""
         freed, self.limit = self._bytes > 0, 0
         for batch in {slot[0] for slot in self._states} | set(self._caches):
             self.exclude(batch)
-        return freed
+        return self.also() or freed
 
     def verify_boundaries(self, run: Callable[[], object]) -> None:
         """Run once and record, then once more from each boundary; a boundary that changes the outcome is dropped.

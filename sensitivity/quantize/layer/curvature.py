@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sensitivity.quantize.layer.exact_products import exact_in_tf32
 from sensitivity.quantize.layer.two_paths import TwoPaths
 from sensitivity.spec.errors import Notice, UserError
 
@@ -70,7 +71,8 @@ class Curvature:
         if len(values):
             low, high = torch.aminmax(values, dim=0)
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        _add_symmetric(self.gram, values, scaled)
+        with exact_in_tf32(inputs if importance is None else scaled):
+            _add_symmetric(self.gram, values, scaled)
         self._factor = None
 
     def tensors(self) -> dict[str, Tensor]:
