@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import planted
 import pytest
 
 import sensitivity
-from sensitivity import VLM, UserError, export, grid, inspect, rank, recommend, report, sweep
+from sensitivity import VLM, UserError, export, grid, inspect, rank, recommend, report, scheme, size, sweep
+from sensitivity.formats.table import FORMATS
 from sensitivity.spec.plan import Plan
+from sensitivity.spec.stored_bits import CONFIGURED, FILES
 from sensitivity.study.study import Study
 
 PARTS = planted.parts()
@@ -53,7 +56,7 @@ SLIPS: dict[str, tuple[Callable[..., Any], str]] = {
         "each of tasks must be a name, such as 'vqa', not a Task",
     ),
     "n as text": (
-        lambda study, vlm: sweep(vlm, PARTS, [PLAN], "vqa", "out", n="20"),
+        lambda study, vlm: sweep(vlm, parts := inspect(vlm), [Plan.uniform(parts, None)], "vqa", "out", n="20"),
         "n must be a whole number, not '20'",
     ),
     "the whole recommendation": (
@@ -69,6 +72,92 @@ SLIPS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda study, vlm: grid(vlm),
         "parts must be a ComponentMap, such as inspect(vlm), not a VLM",
     ),
+    "no tasks": (
+        lambda study, vlm: sweep(vlm, PARTS, [PLAN], [], "out"),
+        "a sweep needs at least one task, such as 'vqa'",
+    ),
+    "tasks are None": (
+        lambda study, vlm: sweep(vlm, PARTS, [PLAN], None, "out"),
+        "each of tasks must be a name, such as 'vqa', not None",
+    ),
+    "a scheme for plans": (
+        lambda study, vlm: sweep(vlm, PARTS, scheme("rtn", 4), "vqa", "out"),
+        "each of plans must be a Plan, such as choice.plan of a recommendation or one of grid(parts), not a Scheme",
+    ),
+    "plans of other parts": (
+        lambda study, vlm: sweep(
+            vlm, inspect(vlm, by="group"), [Plan.uniform(inspect(vlm, by="part"), None)], "vqa", "o"
+        ),
+        "the plan is for other components: missing vision.front",
+    ),
+    "parts of another model": (
+        lambda study, vlm: sweep(vlm, PARTS, [PLAN], "vqa", "out"),
+        "these parts are those of planted; parts of embedded:scenes-llava come from inspect(vlm)",
+    ),
+    "no folder": (
+        lambda study, vlm: sweep(vlm, PARTS, [PLAN], "vqa", None),
+        "out must be a name or a path, not None",
+    ),
+    "no memory": (
+        lambda study, vlm: sweep(vlm, PARTS, [PLAN], "vqa", "out", memory_gb=-1),
+        "memory_gb must be above 0, not -1",
+    ),
+    "a seed below 0": (
+        lambda study, vlm: sensitivity.task("vqa", n=4, seed=-1),
+        "seed must be at least 0, not -1",
+    ),
+    "an option that is not there": (
+        lambda study, vlm: sweep(vlm, PARTS, [PLAN], "vqa", "out", see=3),
+        "unknown option of sweep 'see'; choose from n, seed, plain, storage",
+    ),
+    "a budget in GB": (
+        lambda study, vlm: recommend(study, gb=1),
+        "unknown option of recommend 'gb'; choose from allow, tie, runtime, top",
+    ),
+    "several tasks in one": (
+        lambda study, vlm: sensitivity.task(["vqa"]),
+        "a task must be a name, such as 'vqa', not a list",
+    ),
+    "no model": (lambda study, vlm: sensitivity.load(None), "name must be a name or a path, not None"),
+    "a number for a device": (
+        lambda study, vlm: sensitivity.load("embedded:scenes-llava", device=3),
+        "unknown device '3'; choose from cpu, cuda",
+    ),
+    "a width for a scheme": (
+        lambda study, vlm: Plan.uniform(PARTS, 4),
+        "the scheme of a component must be a Scheme, such as scheme('rtn', 4), not 4",
+    ),
+    "a name for a scheme": (
+        lambda study, vlm: Plan.of(PARTS, {"*": "rtn:4"}),
+        "the scheme of a component must be a Scheme, such as scheme('rtn', 4), not 'rtn:4'",
+    ),
+    "schemes without names": (
+        lambda study, vlm: Plan.of(PARTS, [scheme("rtn", 4)]),
+        "choice must be a dict, not a list",
+    ),
+    "schemes and widths": (
+        lambda study, vlm: grid(PARTS, bits=3, schemes=scheme("rtn", 4)),
+        "schemes have bits and settings of their own: give schemes, or bits, method and settings",
+    ),
+    "symmetric as text": (
+        lambda study, vlm: scheme("rtn", 4, symmetric="yes"),
+        "symmetric must be True or False, not 'yes'",
+    ),
+    "plan before parts": (
+        lambda study, vlm: size(PLAN, PARTS),
+        "parts must be a ComponentMap, such as inspect(vlm), not a Plan",
+    ),
+    "a format that is none": (lambda study, vlm: size(PARTS, PLAN, "gguff"), "unknown format 'gguff'; choose from"),
+    "examples by key": (
+        lambda study, vlm: study.examples(PLAN.key),
+        "plan must be a Plan, such as choice.plan of a recommendation or one of grid(parts), not '",
+    ),
+    "compared on another task": (lambda study, vlm: study.compare(PLAN, PLAN, "vqaa"), "unknown task 'vqaa'; choose"),
+    "a number as text": (lambda study, vlm: study.plan("1"), "number must be a whole number, not '1'"),
+    "fewer resamples than none": (
+        lambda study, vlm: rank(study, bootstraps=-1),
+        "bootstraps must be at least 0, not -1",
+    ),
     "nothing": (lambda study, vlm: inspect(None), "vlm must be a VLM, such as load('...'), not None"),
 }
 
@@ -83,6 +172,28 @@ def test_an_argument_of_the_wrong_kind_is_refused_in_a_sentence(
         call(study, scenes_llava)
     assert str(raised.value).startswith(sentence)
     assert not list(tmp_path.iterdir()), "nothing was made before the argument was looked at"
+
+
+def test_one_of_several_stands_for_a_list_of_one(scenes_llava: VLM, study: Study, tmp_path: Path) -> None:
+    parts, one = inspect(scenes_llava, by="part"), scheme("rtn", 4)
+    assert grid(parts, schemes=one) == grid(parts, schemes=[one]) == grid(parts, bits=np.int64(4))
+    assert grid(parts, bits=np.arange(3, 5)) == grid(parts, bits=(3, 4))
+    several = grid(parts, bits=(3, 4), method=["rtn", "gptq"])
+    assert len(several) == 4**3 + 1
+    assert inspect(scenes_llava, include="head").names == inspect(scenes_llava, include=["head"]).names
+    assert sensitivity.load(Path("embedded:scenes-llava"), config_only=True).name == scenes_llava.name
+    swept = sweep(scenes_llava, parts, grid(parts, schemes=one)[:1], "vqa", tmp_path / "r", n=4, until="10min")
+    assert swept.plan_named(0) == swept.plan(0)
+    limits = {"allow": {"language": [2, 4]}, "tie": [("vision", "connector")]}
+    alike = {"allow": {"language": [2, 4]}, "tie": ("vision", "connector")}
+    assert recommend(study, bpw=4, **limits).plan == recommend(study, bpw=4, **alike).plan
+    only = recommend(study, bpw=5, allow={"language": 2})
+    assert only.plan["language"].bits == 2
+
+
+def test_every_format_has_a_size() -> None:
+    assert {*FILES, *CONFIGURED} == {*FORMATS, "float32", "float16", "bfloat16"}
+    assert all(size(PARTS, PLAN, name).bits > 0 for name in FORMATS)
 
 
 def test_a_single_plan_is_swept_like_a_list_of_one(scenes_llava: VLM, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import TypedDict, Unpack
 from sensitivity.analysis.recommending.judging import judge, unmeasured
 from sensitivity.analysis.recommending.kept_recommendation import Proposed, proposed
 from sensitivity.analysis.recommending.recommendation import Provenance, Recommendation
-from sensitivity.analysis.recommending.request import PlanRequest
+from sensitivity.analysis.recommending.request import TOP, PlanRequest
 from sensitivity.api.sweeping import begin_sweep
 from sensitivity.measure.calibrate.statistics import Statistics
 from sensitivity.measure.loop import Step, versions
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import UserError, check_is
+from sensitivity.spec.errors import UserError, check_is, check_options
 from sensitivity.spec.runtimes.layer_times import LayerTimes
 from sensitivity.study.storage import paths
 from sensitivity.study.study import Study
@@ -25,8 +25,8 @@ FRESH = 1_000_003  # added to the seed for verification, so that its examples ar
 class PlanLimits(TypedDict, total=False):
     """Further fields of PlanRequest that `recommend` takes."""
 
-    allow: Mapping[str, Sequence[int]]
-    tie: Sequence[Sequence[str]]
+    allow: Mapping[str, int | Sequence[int]]
+    tie: Sequence[str] | Sequence[Sequence[str]]
     runtime: str | None
     top: int
 
@@ -54,12 +54,17 @@ def recommend(
         (True, 20)
     """
     check_is("study", study, Study)
+    check_options("recommend", limits, PlanLimits.__annotations__)
     if not isinstance(bpw, Real):
         several = "[recommend(study, bpw=one) for one in (3, 4)]"
         raise UserError(f"bpw must be one number, such as 4.0, not {bpw!r}; for several budgets: {several}")
     if run is not None:
         check_is("run", run, VLM)
-    request = PlanRequest((bpw,), weights or {task or study.tasks[0]: 1.0}, floors or {}, **limits)
+    allow, tie = limits.pop("allow", {}), limits.pop("tie", ())
+    allowed = {pattern: [one] if isinstance(one, int) else one for pattern, one in allow.items()}
+    tied = [names] if (names := [name for name in tie if isinstance(name, str)]) else tie  # names: a single group
+    given = weights or {task or study.tasks[0]: 1.0}
+    request = PlanRequest((bpw,), given, floors or {}, allowed, tied, limits.get("runtime"), limits.get("top", TOP))
     return recommend_each(study, request, run)[0]
 
 

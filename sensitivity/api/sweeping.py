@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from numbers import Real
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -22,9 +24,9 @@ from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability,
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_both_paths, needs_data, token_weighting
-from sensitivity.quantize.scheme_settings import scheme
+from sensitivity.quantize.scheme_settings import schemes_of
 from sensitivity.spec.components import ComponentMap, granularity
-from sensitivity.spec.errors import UserError, check_is
+from sensitivity.spec.errors import UserError, check_is, check_options, each_is
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.threads import free_memory
@@ -49,7 +51,7 @@ class SweepOptions(TypedDict, total=False):
     plain: bool
     storage: str | None
     statistics: Statistics | None
-    until: Sequence[str]
+    until: str | Sequence[str]
     memory_gb: float
     whole: bool
     runtime: str | None
@@ -58,11 +60,13 @@ class SweepOptions(TypedDict, total=False):
 def grid(
     parts: ComponentMap,
     bits: int | Sequence[int] = BITS,
-    method: str = "rtn",
-    schemes: Sequence[Scheme] = (),
+    method: str | Sequence[str] = "rtn",
+    schemes: Scheme | Sequence[Scheme] = (),
     **settings: Any,
 ) -> list[Plan]:
     """Every combination of widths over components, and full precision.
+
+    bits and method: one or several; `schemes` are in place of both.
 
     Examples:
         >>> from sensitivity import grid
@@ -71,17 +75,17 @@ def grid(
         28
     """
     check_is("parts", parts, ComponentMap)
-    return grid_(parts, schemes or _schemes(method, bits, settings))
+    return grid_(parts, _schemes(bits, method, schemes, settings))
 
 
 def one_at_a_time(
     parts: ComponentMap,
     bits: int | Sequence[int] = BITS,
-    method: str = "rtn",
-    schemes: Sequence[Scheme] = (),
+    method: str | Sequence[str] = "rtn",
+    schemes: Scheme | Sequence[Scheme] = (),
     **settings: Any,
 ) -> list[Plan]:
-    """Each component alone at each width, the uniform plans, and full precision.
+    """Each component alone at each width, the uniform plans, and full precision; arguments are those of `grid`.
 
     Examples:
         >>> from sensitivity import one_at_a_time
@@ -89,12 +93,19 @@ def one_at_a_time(
         13
     """
     check_is("parts", parts, ComponentMap)
-    return one_at_a_time_(parts, schemes or _schemes(method, bits, settings))
+    return one_at_a_time_(parts, _schemes(bits, method, schemes, settings))
 
 
-def _schemes(method: str, bits: int | Sequence[int], settings: Mapping[str, Any]) -> list[Scheme]:
-    """A scheme for each width; a single width stands for a list of one."""
-    return [scheme(method, width, **settings) for width in ([bits] if isinstance(bits, int | str) else bits)]
+def _schemes(
+    bits: int | Sequence[int], method: str | Sequence[str], schemes: Scheme | Sequence[Scheme], settings: dict[str, Any]
+) -> list[Scheme]:
+    """The schemes that were given, or one for each method and width that it takes."""
+    if given := each_is("schemes", schemes, Scheme):
+        if settings or bits is not BITS or method != "rtn":
+            raise UserError("schemes have bits and settings of their own: give schemes, or bits, method and settings")
+        return given
+    widths = list(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else [bits]
+    return schemes_of(each_is("methods", method, str), widths, **settings)
 
 
 def check_sweep(
@@ -176,8 +187,9 @@ def sweep(
         >>> from sensitivity import sweep
         >>> study = sweep(vlm, parts, plans, tasks=["vqa"], out="runs/vqa", n=20)
     """
-    plans, tasks = [plans] if isinstance(plans, Plan) else plans, [tasks] if isinstance(tasks, str) else tasks
-    study, steps = begin_sweep(vlm, parts, plans, tasks, out, **options)
+    check_options("sweep", options, SweepOptions.__annotations__)
+    plans = plans if callable(plans) else each_is("plans", plans, Plan)
+    study, steps = begin_sweep(vlm, parts, plans, each_is("tasks", tasks, str), out, **options)
     for _ in steps:
         pass
     return study
@@ -194,7 +206,7 @@ def begin_sweep(
     plain: bool = False,
     storage: str | None = None,
     statistics: Statistics | None = None,
-    until: Sequence[str] = (),
+    until: str | Sequence[str] = (),
     memory_gb: float = MEMORY_GB,
     whole: bool = False,
     runtime: str | None = None,
@@ -214,9 +226,18 @@ def begin_sweep(
     check_is("parts", parts, ComponentMap)
     for plan in plans if isinstance(plans, Sequence) else ():
         check_is("each of plans", plan, Plan)
-    for name in tasks:
-        check_is("each of tasks", name, str)
-    limit = Until.parse(until)
+        plan.check(parts)
+    if not each_is("tasks", tasks, str):
+        raise UserError("a sweep needs at least one task, such as 'vqa'")
+    if not isinstance(out, str):
+        check_is("out", out, PathLike)
+    check_is("memory_gb", memory_gb, Real)
+    if not memory_gb > 0:
+        raise UserError(f"memory_gb must be above 0, not {memory_gb}")
+    weights = dict(vlm.model.named_parameters())
+    if any(weight.name not in weights for weight in parts.weights):
+        raise UserError(f"these parts are those of {parts.model}; parts of {vlm.name} come from inspect(vlm)")
+    limit = Until.parse(each_is("until", until, str))
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
     check_distinct(evaluated, list(dict.fromkeys(tasks)))
     check_runs(vlm, evaluated)

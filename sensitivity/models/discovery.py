@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from os import PathLike
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from sensitivity.models.loading import load
 from sensitivity.models.towers import Towers, inside
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.components import EMBEDDING, HEAD, KEY_VALUE, PARTS, VOCABULARY, ComponentMap, Kept, Weight, check
-from sensitivity.spec.errors import UserError, check_is, unknown
+from sensitivity.spec.errors import UserError, check_is, each_is, unknown
 
 # Patterns of module paths, tried in this order: paths of cross-attention also contain attention, and those of attention
 # also contain output.
@@ -291,7 +292,9 @@ def _shares_input(model: nn.Module, path: str, family: Family) -> str | None:
     return None
 
 
-def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = ()) -> ComponentMap:
+def inspect(
+    vlm: VLM | str | PathLike[str], by: str = "group.kind", include: str | Collection[str] = ()
+) -> ComponentMap:
     """Every weight of a model in exactly one named component, or kept with a reason.
 
     Given the name of a model, it loads no weights. `include` may name embedding and head, which are kept otherwise.
@@ -302,7 +305,8 @@ def inspect(vlm: VLM | str, by: str = "group.kind", include: Collection[str] = (
         >>> parts.names
         ('vision', 'connector', 'language')
     """
-    if isinstance(vlm, str):
+    if isinstance(vlm, str | PathLike):
         vlm = load(vlm, config_only=True)
     check_is("vlm", vlm, VLM)
-    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits, include, vlm.other_bits)
+    included = each_is("include", include, str)
+    return discover(vlm.model, vlm.family, vlm.name, by, vlm.native_bits, included, vlm.other_bits)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -32,7 +34,7 @@ from sensitivity.models.outliers import NOTE, plant_outliers
 from sensitivity.models.processors import load_processor
 from sensitivity.models.tensor_check import Shape, check_none, check_tensors, first_names, other_widths
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import UserError, reason, unknown
+from sensitivity.spec.errors import UserError, check_is, reason, unknown
 
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -56,7 +58,7 @@ def set_cudnn() -> None:
 
 
 def load(
-    name: str,
+    name: str | PathLike[str],
     *,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
@@ -73,7 +75,9 @@ def load(
         >>> from sensitivity import load
         >>> vlm = load("embedded:scenes-llava")
     """
-    torch_device, torch_dtype = device_of(device), dtype_of(dtype)
+    if not isinstance(name, str):
+        check_is("name", name, PathLike)
+    name, torch_device, torch_dtype = os.fspath(name), device_of(device), dtype_of(dtype)
     if torch_device is None or torch_device.type == "cuda":
         set_cudnn()
     folder, adapter = resolve(name, config_only)
@@ -260,12 +264,16 @@ def device_of(device: str) -> torch.device | None:
             raise UserError("device 'auto' spreads a model over devices with accelerate; type `pip install accelerate`")
         return None
     try:
-        torch_device = torch.device(device)
+        torch_device = torch.device(str(device))
     except RuntimeError:  # torch's message lists many devices that are not usable here
         raise UserError(f"unknown device '{device}'; {usable}") from None
     try:  # torch raises an AssertionError where it was built without CUDA, and others for other devices
         torch.empty(0, device=torch_device)
     except (RuntimeError, AssertionError, ValueError) as error:
+        known: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        if torch_device.type in known and not known[torch_device.type]():
+            why = "torch sees none here, or was built without it"
+            raise UserError(f"device '{device}' cannot be used: {why}; leave it out to run on the CPU") from error
         raise UserError(f"device '{device}' cannot be used ({reason(error)}); {usable}") from error
     if torch_device.type == "meta" or (torch_device.type == "cpu" and torch_device.index):
         why = "it computes nothing" if torch_device.type == "meta" else "a machine has one cpu, and it has no number"

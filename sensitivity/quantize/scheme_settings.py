@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from sensitivity.quantize.layer.linears import Method
@@ -12,7 +13,7 @@ from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.run_time.inputs import TOKEN
 from sensitivity.quantize.run_time.settings import ROUNDED_BITS, RUN_TIME, with_common, with_run_time
 from sensitivity.quantize.solvers import gptqmodel_solver
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, check_is, unknown
 from sensitivity.spec.plan import (
     ACTIVATION_SCALE,
     CACHE_PAST,
@@ -45,6 +46,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     name, given = _given(method, {key: value for key, value in chosen.items() if value is not None})
     activations, cache = given.pop("activations", NOT_ROUNDED), given.pop("cache", NOT_ROUNDED)
     row = with_common(with_run_time(ROWS[name], name, activations, cache))
+    bits = int(bits) if isinstance(bits, Integral) else bits  # one of NumPy's, such as from np.arange
     if bits not in row.widths:
         widths = f"{row.widths[0]} to {row.widths[-1]}" if len(row.widths) > 1 else f"only {row.widths[0]}"
         raise UserError(f"{name} takes {widths} bits, not {bits!r}")
@@ -53,6 +55,7 @@ def scheme(method: str, bits: int, *, calibration: Mapping[str, Setting] | None 
     if given.get("backend", OWN) != OWN:
         given.setdefault("clip", False)  # the clip search is ours; other solvers lack it
     group, symmetric = given.pop("group", row.group), given.pop("symmetric", row.symmetric)
+    check_is("symmetric", symmetric, bool)
     if not row.takes(group, symmetric):
         raise UserError(f"{name} is always {row.fixed}; use rtn for other groups and symmetric grids")
     if (row.calibrated or row.any_group) and group == "tensor":

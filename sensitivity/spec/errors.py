@@ -6,7 +6,10 @@ import difflib
 import re
 import shlex
 from collections.abc import Iterable
+from numbers import Integral
+from typing import TypeVar, cast
 
+T = TypeVar("T")
 QUOTED = 300  # characters of a library's message that a sentence of ours quotes
 LONGEST_WORD = 300  # characters of one word that a message keeps; a word can be a path or a whole file
 ARGUMENTS = {  # a class of which arguments of public functions are -> in words, with what makes one
@@ -15,8 +18,13 @@ ARGUMENTS = {  # a class of which arguments of public functions are -> in words,
     "ComponentMap": "a ComponentMap, such as inspect(vlm)",
     "Plan": "a Plan, such as choice.plan of a recommendation or one of grid(parts)",
     "Recommendation": "a Recommendation, such as recommend(study)",
+    "Scheme": "a Scheme, such as scheme('rtn', 4)",
     "str": "a name, such as 'vqa'",
+    "PathLike": "a name or a path",
+    "Mapping": "a dict",
+    "bool": "True or False",
     "Integral": "a whole number",
+    "Real": "a number",
 }
 TOO_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}")
 
@@ -68,6 +76,28 @@ def check_is(name: str, value: object, kind: type) -> None:
         shown = value if isinstance(value, str) else "..."
         given = repr(value) if isinstance(value, str | bool | int | float | None) else f"a {type(value).__name__}"
         raise UserError(f"{name} must be {ARGUMENTS[kind.__name__].format(repr(shown))}, not {given}")
+
+
+def each_is(name: str, values: object, kind: type[T]) -> list[T]:
+    """Several arguments of a class as a list, or the only one; an error names what each of them must be."""
+    several = list(values) if isinstance(values, Iterable) and not isinstance(values, kind | str) else [values]
+    for value in several:
+        check_is(f"each of {name}", value, kind)
+    return cast(list[T], several)
+
+
+def check_options(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise an error where a public function has no option of some name."""
+    for name in given:
+        if name not in (names := list(known)):
+            raise unknown(f"option of {function}", name, names)
+
+
+def check_least(name: str, value: object, least: int) -> None:
+    """Raise an error unless an argument is a whole number, and at least so large."""
+    check_is(name, value, Integral)
+    if int(value) < least:  # type: ignore[call-overload]
+        raise UserError(f"{name} must be at least {least}, not {value}")
 
 
 def printable(message: str) -> str:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import Component, ComponentMap, Weight, matches
-from sensitivity.spec.errors import UserError, unknown
+from sensitivity.spec.errors import UserError, check_is, unknown
 
 Setting = str | int | float | bool | None
 
@@ -167,6 +167,10 @@ class Plan:
 
         A scheme's cache bits are left out for components without keys and values that a language model caches.
         """
+        check_is("choice", choice, Mapping)
+        for scheme in (default, *choice.values()):
+            if scheme is not None:
+                check_is("the scheme of a component", scheme, Scheme)
         for pattern in choice:
             parts.match(pattern)  # raises an error if it matches nothing, as with a misspelled name
         schemes: dict[str, Scheme | None] = dict.fromkeys(parts.names, default)

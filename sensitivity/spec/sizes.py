@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Kept, Weight
-from sensitivity.spec.errors import unknown
+from sensitivity.spec.errors import check_is, unknown
 from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, QSVD, Plan, Scheme, scheme_of
-from sensitivity.spec.stored_bits import FILES, GGUF_MATRICES, GGUF_UNREAD, LEAVE_OUT, OVERHEAD, SHARED, latent_rank
+from sensitivity.spec.stored_bits import (
+    CONFIGURED,
+    FILES,
+    GGUF_MATRICES,
+    GGUF_UNREAD,
+    LEAVE_OUT,
+    OVERHEAD,
+    SHARED,
+    latent_rank,
+)
 
 MB, GB = 1e6, 1e9  # bytes, as disks and hubs count them
 
@@ -190,6 +199,10 @@ def size(parts: ComponentMap, plan: Plan, format: str | None = None) -> Size:
         >>> size(parts, plan).bpw > size(parts, Plan.uniform(parts, scheme("rtn", 4))).bpw
         True
     """
+    check_is("parts", parts, ComponentMap)
+    check_is("plan", plan, Plan)
+    if format is not None and format not in (known := (*FILES, *CONFIGURED)):
+        raise unknown("format", format, known)
     plan.check(parts)
     kept = sum(k.numel for k in parts.kept)
     stored = kept_bits(parts, format)

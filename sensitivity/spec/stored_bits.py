@@ -281,8 +281,9 @@ def _gguf(scheme: Scheme, rows: int, cols: int) -> int:
     return 8 * GGUF_BLOCK_BYTES[gguf_type(scheme)] * rows * math.ceil(cols / GGUF_BLOCK)
 
 
-# format -> all bits that its files hold for one weight; formats that are missing here are configurations, from which
-# the runtime's own tool makes the weights
+# formats whose files are configurations, from which the runtime's own tool makes the weights
+CONFIGURED = ("plan", "fake", "llm-compressor", "bnb", "torchao", "llama.cpp", "modelopt", "mlx")
+# other formats -> all bits that their files hold for one weight
 FILES: dict[str, Callable[[Scheme, int, int], int]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,

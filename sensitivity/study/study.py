@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import optuna
@@ -13,7 +14,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError, shell_word
+from sensitivity.spec.errors import UserError, check_is, shell_word, unknown
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.runtimes.rules import size_for
 from sensitivity.spec.runtimes.table import files_of
@@ -266,6 +267,8 @@ class Study:
 
     def compare(self, plan: Plan, base: Plan, task: str) -> Score | None:
         """The paired difference in a task's score between two plans; None without per-example scores."""
+        if task not in self.tasks:
+            raise unknown("task", task, self.tasks)
         return difference(self.examples(plan), self.examples(base), task)
 
     @property
@@ -279,13 +282,15 @@ class Study:
 
     def plan(self, number: int) -> Plan:
         """The plan of a trial, by the trial's number."""
+        check_is("number", number, Integral)
         for trial in self._trials.now():
             if trial.number == number:
                 return trial.plan
         raise UserError(f"{self.path} has no trial {number}")
 
-    def plan_named(self, wanted: str) -> Plan:
+    def plan_named(self, wanted: str | int) -> Plan:
         """The one measured plan whose trial has this number, or whose key begins with this text."""
+        wanted = str(wanted)
         trials = self.measurements()
         fitting = {trial.key: trial for trial in trials if trial.fits(wanted)}
         if len(fitting) != 1:
@@ -300,6 +305,7 @@ class Study:
 
         Damaged ones count as missing, with one warning; the next sweep runs the plan again.
         """
+        check_is("plan", plan, Plan)
         return self._answers.of(plan)
 
     @property

@@ -9,7 +9,7 @@ from functools import partial
 from numbers import Integral
 from pathlib import Path
 
-from sensitivity.spec.errors import UserError, check_is, unknown
+from sensitivity.spec.errors import UserError, check_is, check_least, unknown
 from sensitivity.tasks import retrieval, scene_tasks
 from sensitivity.tasks.datasets import coco, geochat, gqa, image_pairs, rsvqa, scene_folders, vqav2
 from sensitivity.tasks.examples.types import SPLITS, Task
@@ -99,11 +99,13 @@ def _named(name: str, split: str, n: int, seed: int) -> Task:
     check_is("n", n, Integral)
     if n < 1:
         raise UserError(f"a task needs at least one example, not {n}")
+    check_least("seed", seed, 0)
     return find(name)(split, n, seed)
 
 
 def find(name: str) -> Callable[[str, int, int], Task]:
     """A function that makes the task of a name; no data are read before it is called."""
+    check_is("a task", name, str)
     tasks, sets = {**TASKS, **RETRIEVAL_TASKS}, {**DATASETS, **RETRIEVAL_DATASETS}
     if name in tasks:
         return tasks[name]

@@ -16,7 +16,7 @@ from sensitivity.analysis.importance.method_choice import METHOD, with_methods
 from sensitivity.analysis.importance.types import Ranking
 from sensitivity.analysis.observations import Observations, check_task, observations_of
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError, check_is
+from sensitivity.spec.errors import UserError, check_is, check_least
 from sensitivity.spec.plan import split_ending
 from sensitivity.spec.sizes import codes_in_mb
 from sensitivity.study.counting import count
@@ -67,6 +67,8 @@ def rank(
         >>> round(blame.table["consensus"].sum())  # shares in percent
         100
     """
+    check_least("bootstraps", bootstraps, 0)
+    check_least("seed", seed, 0)
     options = RankOptions(by, method, near, bootstraps, seed, thorough)
     if isinstance(source, Observations):
         return _rank(source, None, options)
