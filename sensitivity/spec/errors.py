@@ -121,7 +121,7 @@ def reason(error: BaseException) -> str:
     """
     text = os_message(error) if isinstance(error, OSError) else str(error)
     lines = (text.strip() or type(error).__name__).splitlines()
-    first = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    first = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1])
     if isinstance(error, LookupError) and not isinstance(error, UserError):  # a KeyError's message is only the key
         first = f"{type(error).__name__}: {first}"
     first = first.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed

@@ -452,6 +452,19 @@ def test_boxes_are_in_pixels_of_the_upright_image(tmp_path: Path) -> None:
         assert (example.regions.width, example.regions.height) == size == open_image(example.image).size
 
 
+def test_boxes_of_fractions_are_noted(tmp_path: Path) -> None:
+    Image.new("RGB", (80, 40)).save(tmp_path / "a.jpg")
+    lines = [{"image": "a.jpg", "prompt": "where?", "boxes": [[0, 0.5, 1, 1]]}]
+    write(tmp_path / "b.jsonl", lines)
+    noted = [note for note in task(f"iou:{tmp_path / 'b.jsonl'}").notes if "between 0 and 1" in note]
+    assert noted == [
+        f"all boxes of {tmp_path / 'b.jsonl'} lie between 0 and 1: boxes are in pixels, so fractions must be "
+        "multiplied by the width and the height of their image"
+    ]
+    write(tmp_path / "b.jsonl", [*lines, {"image": "a.jpg", "prompt": "who?", "boxes": [[0, 0.5, 20, 30]]}])
+    assert not any("between 0 and 1" in note for note in task(f"iou:{tmp_path / 'b.jsonl'}").notes)
+
+
 def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -466,10 +479,26 @@ def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
     assert clusters(found).isdisjoint(clusters(calibration))
     assert np.asarray(open_image(found.examples[0].image))[0, 0, 0] >= 100
     assert found.fingerprint == task(f"exact:{tmp_path / 'd'}", n=12).fingerprint != calibration.fingerprint
-    rows(0, 60).save_to_disk(str(tmp_path / "one"))
-    found, calibration = task(f"exact:{tmp_path / 'one'}"), task(f"exact:{tmp_path / 'one'}", "calibration")
-    assert len(found.examples) + len(calibration.examples) == 60
-    assert clusters(found).isdisjoint(clusters(calibration))
+    drawn: list[list[tuple[str, ...]]] = []
+    for name in ("one", "other"):
+        rows(0, 60).save_to_disk(str(tmp_path / name))
+        found, calibration = task(f"exact:{tmp_path / name}"), task(f"exact:{tmp_path / name}", "calibration")
+        assert (len(found.examples), len(calibration.examples)) == (54, 6)
+        assert clusters(found).isdisjoint(clusters(calibration))
+        note = "evaluation examples leave out 6 of 60 images, which are kept for calibration"
+        assert found.notes == (f"no split for calibration here: {note}",)
+        drawn.append([one.answers for one in calibration.examples])
+    assert drawn[0] == drawn[1]  # whatever the folder is called
+    rows(0, 6).save_to_disk(str(tmp_path / "six"))
+    assert len(task(f"exact:{tmp_path / 'six'}", "calibration").examples) == 1
+    rows(0, 4).save_to_disk(str(tmp_path / "four"))
+    assert len(task(f"exact:{tmp_path / 'four'}").examples) == 4
+    with pytest.raises(UserError, match="four asks about fewer than 5 images, too few to keep one for calibration"):
+        task(f"exact:{tmp_path / 'four'}", "calibration")
+    nothing = rows(0, 6).to_dict() | {"image": [None, *rows(0, 6)["image"][1:]]}
+    datasets.Dataset.from_dict(nothing, rows(0, 6).features).save_to_disk(str(tmp_path / "null"))
+    with pytest.raises(UserError, match=r"of [56] examples left out: no image file \(line-000001\)"):
+        task(f"exact:{tmp_path / 'null'}")
     with pytest.raises(UserError, match="has no column boxes; it takes a folder that datasets' save_to_disk wrote"):
         task(f"iou:{tmp_path / 'one'}")
     (tmp_path / "empty").mkdir()

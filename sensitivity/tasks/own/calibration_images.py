@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sensitivity.spec.errors import UserError
 from sensitivity.tasks.datasets.source import CALIBRATION_ONE_IN
 
 MIN_IMAGES = 5  # with fewer images, none is kept for calibration, since one would be too large a share
@@ -23,11 +24,28 @@ def choose_calibration_images(folder: Path, groups: Iterable[Sequence[str]]) -> 
     """
     groups = list(groups)
     image_of = _joined(_images(folder, sorted({name for group in groups for name in group})), groups)
-    images = sorted(set(image_of.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(images) < MIN_IMAGES:
-        return frozenset()
-    drawn = set(images[: max(1, round(len(images) / CALIBRATION_ONE_IN))])
+    drawn = a_tenth(image_of.values())
     return frozenset(name for name, image in image_of.items() if image in drawn)
+
+
+def a_tenth(images: Iterable[str]) -> frozenset[str]:
+    """A tenth of the images, but at least one; none if there are fewer than MIN_IMAGES. Their names alone decide."""
+    ordered = sorted(set(images), key=lambda name: hashlib.sha256(name.encode()).digest())
+    return frozenset(ordered[: max(1, round(len(ordered) / CALIBRATION_ONE_IN))] if len(ordered) >= MIN_IMAGES else ())
+
+
+def too_few(where: Path) -> UserError:
+    """The error for data of too few images, if some must be kept for calibration."""
+    return UserError(
+        f"{where} asks about fewer than {MIN_IMAGES} images, too few to keep one for calibration; add questions about "
+        "others, or name other data with --calibration"
+    )
+
+
+def kept(split: str, held_out: int, images: int) -> str:
+    """A note that says what was drawn for calibration."""
+    verb = "are" if split == "calibration" else "leave out"
+    return f"{split} examples {verb} {held_out} of {images} images, which are kept for calibration"
 
 
 def _joined(image_of: dict[str, str], groups: Iterable[Sequence[str]]) -> dict[str, str]:

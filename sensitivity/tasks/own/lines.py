@@ -31,7 +31,7 @@ from sensitivity.tasks.datasets.source import DatasetFolder, Record, draw
 from sensitivity.tasks.examples import videos
 from sensitivity.tasks.examples.types import SPLITS, Example, ImageSource, Regions, Task, exact
 from sensitivity.tasks.own import saved
-from sensitivity.tasks.own.calibration_images import MIN_IMAGES, choose_calibration_images
+from sensitivity.tasks.own.calibration_images import choose_calibration_images, kept, too_few
 from sensitivity.tasks.scoring import anls, captions, choices, grounding, numbers, vqa_accuracy, yes_no
 
 NEEDS = 'each line is like {"image": "a.jpg", "prompt": "What is this?", "answers": ["a cat"]}'
@@ -102,7 +102,8 @@ def own_task(
     `score` may be any function from an answer and its example to a number; it replaces the scorer's rule.
     """
     if path.is_dir():
-        return task_from_lines(path, saved.lines_of(path, split, scorer in BOXED), split, n, seed, scorer, score)
+        rows, notes = saved.lines_of(path, split, scorer in BOXED)
+        return task_from_lines(path, rows, split, n, seed, scorer, score, notes)
     boxes = scorer in BOXED
     every = list(lines_of(path, boxes))
     of_split, notes = _of_split(path, every, split, BOXES if boxes else NEEDS)
@@ -127,14 +128,10 @@ def _of_split(path: Path, every: list[Record], split: str, needs: str) -> tuple[
         groups = [_names(line) for line in every]
         held_out, names = choose_calibration_images(path.parent, groups), {name for group in groups for name in group}
         if split == "calibration" and not held_out:
-            raise UserError(
-                f"{path} asks about fewer than {MIN_IMAGES} images, too few to keep one for calibration; add lines "
-                "about others, or name other data with --calibration"
-            )
+            raise too_few(path)
         drawn = [line for line in every if (_names(line)[0] in held_out) == (split == "calibration")]
-        verb = "are" if split == "calibration" else "leave out"
-        which = f"{split} examples {verb} {len(held_out)} of {len(names)} images, which are kept for calibration"
-        return drawn, (f"no line has a split: {which}",) if held_out else ()
+        note = f"no line has a split: {kept(split, len(held_out), len(names))}"
+        return drawn, (note,) if held_out else ()
     of_split = [line for line in every if (line["split"] or "evaluation") == split]
     if not of_split:
         raise UserError(f'{path} has no {split} lines; {needs}, and may have "split": "{split}"')
@@ -172,7 +169,7 @@ def task_from_lines(
     notes = (*notes, *videos.note([example.image for example in examples]), *left_out)
     if scorer in BOXED:
         examples = tuple(map(grounding.with_image_size, examples))
-        notes = (*notes, *_boxes_beyond(path, examples, numbers))
+        notes = (*notes, *_boxes_beyond(path, examples, numbers), *_fractions(path, examples))
     if score is not None:
         return Task(path.stem, examples, score, notes=notes)
     return SCORERS[scorer](path.stem, examples, notes)
@@ -191,6 +188,16 @@ def _boxes_beyond(path: Path, examples: Sequence[Example], numbers: Mapping[str,
         yield (
             f"{len(beyond)} of {len(examples)} examples have boxes that reach beyond their image, by at most "
             f"{max(beyond.values()):g} pixels (line {few}); they are used as they are"
+        )
+
+
+def _fractions(path: Path, examples: Sequence[Example]) -> Iterator[str]:
+    """A note where all boxes lie in the first pixel of their images, as boxes do whose corners are fractions."""
+    corners = [corner for one in examples if one.regions for box in one.regions.polygons for corner in box]
+    if all(0 <= number <= 1 for corner in corners for number in corner):
+        yield (
+            f"all boxes of {path} lie between 0 and 1: boxes are in pixels, so fractions must be multiplied by the "
+            "width and the height of their image"
         )
 
 

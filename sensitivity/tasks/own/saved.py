@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import InvalidValue, content
 from sensitivity.tasks.datasets import source
+from sensitivity.tasks.own.calibration_images import a_tenth, kept, too_few
 
 NEEDS = (
     "it takes a folder that datasets' save_to_disk wrote, with the columns image, prompt (or question) and answers (or "
@@ -40,41 +41,57 @@ class Cell:
 
     rows: Rows
     number: int
-    name: str
+    where: str
+    image: str  # a name that is equal for equal images, also in a folder of another name
 
     def read_bytes(self) -> bytes:
         """The bytes of the image file, stored in the row or at a path that it names."""
         stored = self.rows[self.number]["image"]
         if not isinstance(stored, dict) or (stored["bytes"] is None and stored["path"] is None):
-            raise InvalidValue("there is no image")
+            raise FileNotFoundError("there is no image")
         return bytes(stored["bytes"]) if stored["bytes"] is not None else content(Path(stored["path"]))
 
     def resolve(self) -> str:
         """The image's name, which is equal for equal images."""
-        return self.name
+        return str(self)
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.where}/{self.image}"
 
 
-def lines_of(folder: Path, split: str, boxes: bool) -> Iterator[source.Record]:
-    """The rows of a split, as objects like the lines of a JSON Lines file.
+def lines_of(folder: Path, split: str, boxes: bool) -> tuple[Iterator[source.Record], tuple[str, ...]]:
+    """The rows of a split, as objects like the lines of a JSON Lines file, and notes on them.
 
     If the data set has no split for calibration, a tenth of the images is used for it.
     """
     part, rows = _rows(folder, split)
     prompt = _column(folder, rows, "prompt", "question")
     right = _column(folder, rows, *(("boxes",) if boxes else ("answers", "answer")))
-    images = rows.select_columns(["image"])
     # without the image column, since iterating would read each row's image into memory
+    texts, cells = rows.remove_columns(["image"]), _cells(folder, part, rows)
+    names = {cell.image for cell in cells}
+    held_out = a_tenth(names) if part.hashed else frozenset()
+    if part.hashed and split == "calibration" and not held_out:
+        raise too_few(folder)
+
+    def lines() -> Iterator[source.Record]:
+        for cell, row in zip(cells, texts, strict=True):
+            if not part.hashed or (cell.image in held_out) == (split == "calibration"):
+                line = {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
+                fields = {"image": cell, "prompt": row[prompt], "boxes" if boxes else "answers": row[right]}
+                yield line | fields | {"number": cell.number + 1}
+
+    note = f"no split for calibration here: {kept(split, len(held_out), len(names))}"
+    return lines(), (note,) if held_out else ()
+
+
+def _cells(folder: Path, part: source.Part, rows: Rows) -> list[Cell]:
+    """The image of each row, by the image's id or, where it has none, by its content."""
+    images, cells = rows.select_columns(["image"]), []
     for number, row in enumerate(rows.remove_columns(["image"])):
-        cell = Cell(images, number, f"{folder.name}/{part.name}/{row.get('image_id') or ''}")
-        if row.get("image_id") is None:
-            cell = Cell(images, number, cell.name + _content_hash(cell))
-        if part.contains(cell.name):
-            line = {name: row[name] for name in ("id", "kind") if row.get(name) is not None}
-            fields = {"image": cell, "prompt": row[prompt], "boxes" if boxes else "answers": row[right]}
-            yield line | fields | {"number": number + 1}
+        cell = Cell(images, number, f"{folder.name}/{part.name}", str(row.get("image_id") or ""))
+        cells.append(cell if row.get("image_id") is not None else replace(cell, image=_content_hash(cell)))
+    return cells
 
 
 def _rows(folder: Path, split: str) -> tuple[source.Part, Rows]:
