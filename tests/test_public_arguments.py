@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import planted
 import pytest
 
 import sensitivity
-from sensitivity import VLM, UserError, export, grid, inspect, rank, recommend, report, scheme, size, sweep
+from sensitivity import VLM, UserError, export, grid, inspect, quantized, rank, recommend, report, scheme, size, sweep
+from sensitivity.analysis.recommending.recommendation import Provenance, Recommendation
 from sensitivity.formats.table import FORMATS
 from sensitivity.spec.plan import Plan
 from sensitivity.spec.stored_bits import CONFIGURED, FILES
@@ -24,6 +28,11 @@ PLAN = Plan.uniform(PARTS, None)
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return planted.study(tmp_path_factory.mktemp("arguments") / "run", {"vqa": planted.product}, levels=(2, 4, 16))
+
+
+def another(one: Recommendation) -> Provenance:
+    """The provenance of a recommendation, as another model's study would have written it."""
+    return {**one.provenance, "study": {**one.provenance["study"], "fingerprint": "another"}}
 
 
 STUDY = "must be a Study, such as Study('runs/a'), not 'runs/a'"
@@ -154,9 +163,51 @@ SLIPS: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "compared on another task": (lambda study, vlm: study.compare(PLAN, PLAN, "vqaa"), "unknown task 'vqaa'; choose"),
     "a number as text": (lambda study, vlm: study.plan("1"), "number must be a whole number, not '1'"),
+    "no place for a report": (lambda study, vlm: report(study, None), "out must be a name or a path, not None"),
+    "no place for an export": (
+        lambda study, vlm: export(study, study.native, None),
+        "out must be a name or a path, not None",
+    ),
+    "a plan as text": (lambda study, vlm: Plan.from_json(PLAN.dumps()), "data must be a dict, not '"),
     "fewer resamples than none": (
         lambda study, vlm: rank(study, bootstraps=-1),
         "bootstraps must be at least 0, not -1",
+    ),
+    "a name for a plan in a model": (
+        lambda study, vlm: quantized(vlm.model, inspect(vlm), "0").__enter__(),
+        "plan must be a Plan, such as choice.plan of a recommendation or one of grid(parts), not '0'",
+    ),
+    "a plan of other parts in a model": (
+        lambda study, vlm: quantized(vlm.model, inspect(vlm), PLAN).__enter__(),
+        "the plan is for other components: missing vision.front",
+    ),
+    "a plan in a VLM": (
+        lambda study, vlm: quantized(vlm, PARTS, PLAN).__enter__(),
+        "model must be the module itself, such as vlm.model, not a VLM",
+    ),
+    "a sweep without weights": (
+        lambda study, vlm: sweep(sensitivity.load(vlm.name, config_only=True), PARTS, [PLAN], "vqa", "out"),
+        "embedded:scenes-llava was loaded without weights (config_only=True); load it with them",
+    ),
+    "a verification without weights": (
+        lambda study, vlm: recommend(study, run=sensitivity.load(vlm.name, config_only=True)),
+        "embedded:scenes-llava was loaded without weights (config_only=True); load it with them",
+    ),
+    "a frontier of a model": (
+        lambda study, vlm: sensitivity.predict_frontier(vlm, [scheme("rtn", 4)]),
+        "parts must be a ComponentMap, such as inspect(vlm), not a VLM",
+    ),
+    "rankings of other tasks": (
+        lambda study, vlm: report(study, "out", rankings={"cap": rank(study)}),
+        "unknown task 'cap'; choose from vqa",
+    ),
+    "a ranking for rankings": (
+        lambda study, vlm: report(study, "out", rankings=rank(study)),
+        "rankings must be a dict, not",
+    ),
+    "a report of a recommendation of others": (
+        lambda study, vlm: report(study, "out", replace(one := recommend(study, bpw=4), provenance=another(one))),
+        "this recommendation is not one for",
     ),
     "nothing": (lambda study, vlm: inspect(None), "vlm must be a VLM, such as load('...'), not None"),
 }
@@ -189,6 +240,43 @@ def test_one_of_several_stands_for_a_list_of_one(scenes_llava: VLM, study: Study
     assert recommend(study, bpw=4, **limits).plan == recommend(study, bpw=4, **alike).plan
     only = recommend(study, bpw=5, allow={"language": 2})
     assert only.plan["language"].bits == 2
+
+
+def test_a_model_that_holds_a_plan_is_not_swept(scenes_llava: VLM, tmp_path: Path) -> None:
+    """Its scores would be stored as those of full precision."""
+    parts = inspect(scenes_llava, by="part")
+    plan = Plan.uniform(parts, scheme("rtn", 2))
+    with quantized(scenes_llava.model, parts, plan), pytest.raises(UserError, match="holds a plan"):
+        sweep(scenes_llava, parts, plan, "vqa", tmp_path / "run", n=4)
+    assert not list(tmp_path.iterdir())
+    assert len(sweep(scenes_llava, parts, plan, "vqa", tmp_path / "run", n=4).trials()) == 2
+
+
+def test_plans_are_verified_in_the_dtype_of_their_study(scenes_llava: VLM, tmp_path: Path) -> None:
+    parts = inspect(scenes_llava, by="part")
+    study = sweep(scenes_llava, parts, grid(parts, bits=4), "vqa", tmp_path / "run", n=4)
+    other = sensitivity.load(scenes_llava.name, dtype="bf16")
+    with pytest.raises(
+        UserError, match=r"was measured in float32, and this model is in bfloat16: load it with dtype='fl"
+    ):
+        recommend(study, bpw=5, run=other)
+    assert not (study.path / "verify").exists()
+
+
+def test_a_size_that_is_advised_is_large_enough(study: Study) -> None:
+    """Sizes are shown with two decimals: rounded down, the one that is named would be refused again."""
+    tried = 0
+    for share in (0.9, 0.95, 0.99, 0.999):
+        with suppress(UserError):
+            recommend(study, bpw=2.0, floors={"vqa": share})
+            continue
+        with pytest.raises(UserError) as raised:
+            recommend(study, bpw=2.0, floors={"vqa": share})
+        takes = re.search(r"that takes ([0-9.]+) bpw|, ([0-9.]+) to", str(raised.value))
+        assert takes, raised.value
+        assert recommend(study, bpw=float(takes[1] or takes[2]), floors={"vqa": share} if takes[1] else None)
+        tried += 1
+    assert tried
 
 
 def test_every_format_has_a_size() -> None:

@@ -33,7 +33,7 @@ from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_data
 from sensitivity.quantize.scheme_settings import check_scheme
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import Failed, Notice, UserError, check_is, reason, shell_word, unknown
+from sensitivity.spec.errors import Failed, Notice, UserError, check_is, check_is_path, reason, shell_word, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.plan_file import read
 from sensitivity.spec.runtimes.rules import violations
@@ -85,6 +85,7 @@ def export(
     """
     check_is("study", study, Study)
     check_is("plan", plan, Plan)
+    check_is_path("out", out)
     out, meta, parts = Path(out), study.meta, study.parts
     if "imported" in meta and not (format == "plan" and out.suffix == ".json"):  # which holds no weights
         parts, plan = plan_of_model(study, plan, model, format)

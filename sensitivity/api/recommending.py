@@ -96,7 +96,9 @@ def begin_recommendation(
     proposals = proposals or proposed(study, request, times)
     if run is None:
         return lambda: _judged(study, None, proposals, request), iter(())
+    run.check_weights()
     study.check_model(run.name, run.fingerprint)
+    check_dtype(study, run)
     plans = [one.plan for candidates, rival in proposals for one in (*candidates, *([rival] if rival else []))]
     meta = study.meta
     verification, steps = begin_sweep(
@@ -111,6 +113,16 @@ def begin_recommendation(
         whole=meta.get("whole_answers", False),
     )
     return lambda: _judged(study, verification, proposals, request), steps
+
+
+def check_dtype(study: Study, run: VLM) -> None:
+    """Raise an error unless a model computes in the dtype of the study, with whose scores its own are compared."""
+    dtype, wanted = str(run.model.dtype).removeprefix("torch."), study.meta.get("dtype")
+    if wanted not in (None, dtype):
+        raise UserError(
+            f"{study.path} was measured in {wanted}, and this model is in {dtype}: load it with dtype='{wanted}' "
+            f"(--dtype {wanted})"
+        )
 
 
 def verified_on(study: Study) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from numbers import Real
-from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -20,13 +19,14 @@ from sensitivity.measure.calibrate.calibration import calibration_statistics
 from sensitivity.measure.calibrate.statistics import Statistics, check_path
 from sensitivity.measure.forecast.hardware import WORTH_MEMORY, slowdown
 from sensitivity.measure.generate.batches import check_tasks_fit
+from sensitivity.measure.install.plan_in_model import HOLDING
 from sensitivity.measure.loop import MEMORY_GB, Step, check_runs, comparability, run_plans
 from sensitivity.models.loading import device_of, dtype_of, load
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import needs_both_paths, needs_data, token_weighting
 from sensitivity.quantize.scheme_settings import schemes_of
 from sensitivity.spec.components import ComponentMap, granularity
-from sensitivity.spec.errors import UserError, check_is, check_options, each_is
+from sensitivity.spec.errors import UserError, check_is, check_is_path, check_options, each_is
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.runtimes.table import files_of
 from sensitivity.spec.threads import free_memory
@@ -223,14 +223,18 @@ def begin_sweep(
     With `runtime`, sizes are counted in the files that it loads.
     """
     check_is("vlm", vlm, VLM)
+    vlm.check_weights()
+    if vlm.model in HOLDING:
+        raise UserError(
+            f"{vlm.name} holds a plan: its scores would count as full precision; sweep outside of quantized()"
+        )
     check_is("parts", parts, ComponentMap)
     for plan in plans if isinstance(plans, Sequence) else ():
         check_is("each of plans", plan, Plan)
         plan.check(parts)
     if not each_is("tasks", tasks, str):
         raise UserError("a sweep needs at least one task, such as 'vqa'")
-    if not isinstance(out, str):
-        check_is("out", out, PathLike)
+    check_is_path("out", out)
     check_is("memory_gb", memory_gb, Real)
     if not memory_gb > 0:
         raise UserError(f"memory_gb must be above 0, not {memory_gb}")

@@ -9,7 +9,7 @@ from sensitivity.models.adapters import full_model
 from sensitivity.models.checkpoint import read_config
 from sensitivity.models.loading import load
 from sensitivity.models.original_llava import is_original, original_processor
-from sensitivity.models.processors import load_processor
+from sensitivity.models.processors import NO_PROCESSOR, load_processor
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError
 
@@ -27,5 +27,5 @@ def without_weights(name: str) -> VLM:
     processor_from = original_processor if is_original(read_config(folder, name)) else load_processor
     processor = processor_from(folder, name, vlm.model.config)
     if processor is None:
-        raise UserError(f"{name} has no processor or tokenizer files; they are needed to read prompts and images")
+        raise UserError(f"{name} {NO_PROCESSOR}")
     return replace(vlm, processor=processor)

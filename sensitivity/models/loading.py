@@ -34,7 +34,7 @@ from sensitivity.models.outliers import NOTE, plant_outliers
 from sensitivity.models.processors import load_processor
 from sensitivity.models.tensor_check import Shape, check_none, check_tensors, first_names, other_widths
 from sensitivity.models.vlm import VLM
-from sensitivity.spec.errors import UserError, check_is, reason, unknown
+from sensitivity.spec.errors import UserError, check_is_path, reason, unknown
 
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -75,8 +75,7 @@ def load(
         >>> from sensitivity import load
         >>> vlm = load("embedded:scenes-llava")
     """
-    if not isinstance(name, str):
-        check_is("name", name, PathLike)
+    check_is_path("name", name)
     name, torch_device, torch_dtype = os.fspath(name), device_of(device), dtype_of(dtype)
     if torch_device is None or torch_device.type == "cuda":
         set_cudnn()
@@ -155,6 +154,8 @@ def _config(folder: Path, name: str, raw: Mapping[str, object]) -> tuple[PreTrai
                 f"{name} needs code of its own (trust_remote_code), which is never run here; give a model whose class "
                 f"is part of transformers {transformers.__version__}"
             )
+        if not raw.get("model_type"):
+            raise UserError(f"config.json of {name} names no model_type; fetch it again")
         raise UserError(
             f"model_type {raw.get('model_type')!r} of {name} is not known to transformers {transformers.__version__}; "
             f"the tested families are {', '.join(key for key in FAMILIES if key[0].islower())}"

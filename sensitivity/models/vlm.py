@@ -13,6 +13,7 @@ from torch import nn
 
 from sensitivity.models.families import Family
 from sensitivity.models.towers import Towers
+from sensitivity.spec.errors import UserError
 
 
 @dataclass
@@ -34,6 +35,11 @@ class VLM:
     note: str | None = None  # what a reader of its scores must know
     other_bits: Mapping[str, int] = field(default_factory=dict)  # of parameters that it stores in others
     quantized_before: str | None = None  # a sentence, a part of `note`, if an export's weights were loaded
+
+    def check_weights(self) -> None:
+        """Raise an error for a model that was loaded without weights."""
+        if self.device.type == "meta":
+            raise UserError(f"{self.name} was loaded without weights (config_only=True); load it with them")
 
     @property
     def device(self) -> torch.device:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from numbers import Integral
+from os import PathLike
 from typing import TypeVar, cast
 
 T = TypeVar("T")
@@ -21,6 +22,7 @@ ARGUMENTS = {  # a class of which arguments of public functions are -> in words,
     "Scheme": "a Scheme, such as scheme('rtn', 4)",
     "str": "a name, such as 'vqa'",
     "PathLike": "a name or a path",
+    "Module": "the module itself, such as vlm.model",
     "Mapping": "a dict",
     "bool": "True or False",
     "Integral": "a whole number",
@@ -76,6 +78,12 @@ def check_is(name: str, value: object, kind: type) -> None:
         shown = value if isinstance(value, str) else "..."
         given = repr(value) if isinstance(value, str | bool | int | float | None) else f"a {type(value).__name__}"
         raise UserError(f"{name} must be {ARGUMENTS[kind.__name__].format(repr(shown))}, not {given}")
+
+
+def check_is_path(name: str, value: object) -> None:
+    """Raise an error unless an argument is a path, or the text of one."""
+    if not isinstance(value, str):
+        check_is(name, value, PathLike)
 
 
 def each_is(name: str, values: object, kind: type[T]) -> list[T]:

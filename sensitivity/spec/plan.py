@@ -267,6 +267,7 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, SchemeJson | None]) -> Plan:
         """The plan from what `to_json` returned."""
+        check_is("data", data, Mapping)
         return cls(tuple((name, scheme and Scheme.from_json(scheme)) for name, scheme in data.items()))
 
 

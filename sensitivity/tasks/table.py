@@ -90,7 +90,9 @@ def check_distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
     for i, (one, source) in enumerate(zip(tasks, sources, strict=True)):
         for other, earlier in zip(tasks[:i], sources, strict=False):
             if one.name == other.name:
-                raise UserError(f"{earlier} and {source} are both called {one.name}; rename one of the files")
+                same = earlier.rpartition(":")[2] == source.rpartition(":")[2]
+                remedy = "give one of them a copy of the file under another name" if same else "rename one of the files"
+                raise UserError(f"{earlier} and {source} are both called {one.name}; {remedy}")
 
 
 def _named(name: str, split: str, n: int, seed: int) -> Task:

@@ -178,7 +178,7 @@ def test_a_defect_is_not_blamed_on_the_model(scenes_llava: VLM, monkeypatch: pyt
 
 
 def test_a_model_without_a_processor_is_refused(scenes_llava: VLM) -> None:
-    with pytest.raises(UserError, match="has no processor or tokenizer files"):
+    with pytest.raises(UserError, match=r"has neither processor_config\.json nor preprocessor_config\.json"):
         evaluate(dataclasses.replace(scenes_llava, processor=None), task("vqa", n=2))
 
 

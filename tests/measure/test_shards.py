@@ -369,7 +369,8 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path, capsys: pytest.Captur
     named = f"{tmp_path}/own.jsonl,exact:{tmp_path}/own.jsonl"
     assert main(["sweep", "embedded:scenes-blip2", "--task", named, "--out", str(tmp_path / "s")]) == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path}/own.jsonl and exact:{tmp_path}/own.jsonl are both called own; rename one of the files" in said
+    both = f"{tmp_path}/own.jsonl and exact:{tmp_path}/own.jsonl are both called own"
+    assert f"{both}; give one of them a copy of the file under another name" in said
 
 
 def test_ctrl_c_leaves_the_frontier_on_the_screen(tmp_path: Path) -> None:

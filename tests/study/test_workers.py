@@ -233,3 +233,11 @@ def test_an_actors_mistake_is_the_launchers_sentence(tmp_path: Path) -> None:
     assert launcher.returncode == 2
     assert "unknown search 'gird'" in json.loads(said)["error"]
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_an_address_of_no_cluster_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    said, _ = start(tmp_path / "out", "--executor", "ray").communicate(timeout=300)
+    assert json.loads(said)["error"].startswith('RAY_ADDRESS is "nowhere" (Invalid address format: nowhere); unset it')

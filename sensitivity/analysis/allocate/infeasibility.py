@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -57,7 +58,7 @@ def infeasible(
         advice = _what_would_fit(knapsack, budget, allowed, tied, loadable, measured)
         widths = "the measured widths" if measured else "these widths"
         return NothingFits(
-            f"fits {budget / numel:.2f} bpw{asked}: with {widths}, {low / numel:.2f} to {high / numel:.2f} "
+            f"fits {budget / numel:.2f} bpw{asked}: with {widths}, {_at_least(low / numel)} to {high / numel:.2f} "
             f"bpw{reached} can be reached; ask for more{advice and f', or {advice}'}"
         )
     if knapsack.limits is not None:
@@ -73,8 +74,13 @@ def infeasible(
     least = knapsack.size(knapsack.space.decode(smallest_kept[0])).bits / numel
     return UserError(
         f"no plan of at most {budget / numel:.2f} bpw is predicted to keep {kept} of full precision; by "
-        f"prediction, that takes {least:.2f} bpw, or lower the floor"
+        f"prediction, that takes {_at_least(least)} bpw, or lower the floor"
     )
+
+
+def _at_least(bpw: float) -> str:
+    """A size with two decimals that, typed as a budget, is large enough."""
+    return f"{math.ceil(100 * bpw - 1e-9) / 100:.2f}"
 
 
 def _what_would_fit(

@@ -19,7 +19,7 @@ from sensitivity.analysis.atlas.entry import ERROR, Entry, of_methods, share_of
 from sensitivity.analysis.surrogate.space import Expected
 from sensitivity.analysis.surrogate.transfer import transfer_damages, without_counterpart
 from sensitivity.spec.components import ComponentMap
-from sensitivity.spec.errors import UserError, shell_word, unknown
+from sensitivity.spec.errors import UserError, check_is, each_is, shell_word, unknown
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import Size, size
 from sensitivity.study.scores import CONFIDENCE
@@ -103,6 +103,8 @@ def predict_frontier(
         >>> point.low <= point.share <= point.high, point.size.bpw <= 14
         (True, True)
     """
+    check_is("parts", parts, ComponentMap)
+    schemes = each_is("schemes", schemes, Scheme)
     entries = of_methods(_fitting(read(Path(atlas)), Path(atlas), parts, task), schemes)
     limits = _budgets(parts, schemes, bpw)
     models = predictions_by_model(entries, parts, schemes)
@@ -164,6 +166,10 @@ def _errors(folder: Path | str | None, parts: ComponentMap, schemes: Sequence[Sc
     """The relative errors of the new model's components, where they are given."""
     if folder is None:
         return None
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"there is no folder {folder}; `sensitivity explain MODEL --out {shell_word(folder)}` makes one"
+        )
     found = read_attributions(Path(folder), ERROR)
     if not found:
         raise UserError(

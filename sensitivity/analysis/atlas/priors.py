@@ -51,7 +51,11 @@ def expect_from(
 
 def _named(priors: Sequence[Path]) -> Sequence[Path]:
     """The priors; nothing for NONE alone, where no folder or file has that name."""
-    return [] if list(priors) == [NONE] and not NONE.exists() else priors
+    if NONE not in priors or NONE.exists():
+        return priors
+    if len(priors) > 1:
+        raise UserError("--prior none stands alone: it forgets what the study expected; leave it out to name others")
+    return []
 
 
 def schemes_of(study: Study) -> list[Scheme]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from sensitivity.analysis.importance import robustness
 from sensitivity.analysis.importance.estimators import ESTIMATORS
 from sensitivity.analysis.importance.ranking import cached, rank
 from sensitivity.analysis.importance.types import TITLES, Ranking
-from sensitivity.analysis.observations import Observations, observations_of
+from sensitivity.analysis.observations import Observations, check_task, observations_of
 from sensitivity.analysis.recommending import kept_recommendation
 from sensitivity.analysis.recommending.recommendation import Recommendation, what_is_lost
 from sensitivity.analysis.reporting import sentences
@@ -29,7 +29,7 @@ from sensitivity.analysis.reporting.static_figures import DrawnFigure, figures_o
 from sensitivity.analysis.reporting.time_and_memory import TimeAndMemory, time_and_memory_section
 from sensitivity.analysis.reporting.what_breaks import failing
 from sensitivity.spec.components import LABELS, ComponentMap
-from sensitivity.spec.errors import UserError, check_is
+from sensitivity.spec.errors import UserError, check_is, check_is_path
 from sensitivity.spec.files import (
     check_may_write,
     is_unfinished,
@@ -62,9 +62,15 @@ def report(
         'index.html'
     """
     check_is("study", study, Study)
-    recommendations = [recommendation] if isinstance(recommendation, Recommendation) else list(recommendation)
+    recommendations = list(recommendation) if isinstance(recommendation, Iterable) else [recommendation]
     for one in recommendations:
         check_is("recommendation", one, Recommendation)
+        _check_own(study, one)
+    rankings = {} if rankings is None else rankings
+    check_is("rankings", rankings, Mapping)
+    for name in rankings:
+        check_task(study, name)
+    check_is_path("out", out)
     out = Path(out)
     check_may_write(out, True, _why_foreign, [study.path])
     table = study.table()
@@ -74,7 +80,7 @@ def report(
     files.check()
     grown = kept_recommendation.what_changed_since(study, recommendations)
     galleries, no_gallery = failing(study, recommendations)
-    tasks = [_task_page(study, table, task, recommendations, rankings or {}, bootstraps, files) for task in study.tasks]
+    tasks = [_task_page(study, table, task, recommendations, rankings, bootstraps, files) for task in study.tasks]
     page = rendered(
         "report.html",
         model=study.parts.model,
@@ -101,6 +107,16 @@ def report(
         provenance=_provenance(study),
     )
     return files.write(page)
+
+
+def _check_own(study: Study, recommendation: Recommendation) -> None:
+    """Raise an error for a recommendation that a study of another model, other tasks or other examples made."""
+    recommendation.plan.check(study.parts)
+    theirs = recommendation.provenance.get("study", study.meta)
+    for name in ("model", "fingerprint", "tasks", "n", "seed"):
+        if theirs.get(name) != study.meta.get(name):
+            differs = f"its {name} was {theirs.get(name)}, and here it is {study.meta.get(name)}"
+            raise UserError(f"this recommendation is not one for {study.path}: {differs}")
 
 
 def _provenance(study: Study) -> str:

@@ -65,6 +65,10 @@ def additive_surrogate(study: Study, task: str | None = None) -> Surrogate:
             f"{study.path} has measured {count(len(set(observations.keys)), 'plan')}, too few to learn damages from; "
             f"at least {MIN_PLANS} are needed"
         )
+    if not observations.full > 0:
+        raise UserError(
+            f"full precision scored nothing on {observations.task} in {study.path}: no damage can be learned from it"
+        )
     space = Space.of(observations.plans)
     index = space.encode(observations.plans)
     return fit_surrogate(

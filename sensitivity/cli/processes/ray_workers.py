@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sensitivity.cli.processes import workers
-from sensitivity.spec.errors import Notice, UserError
+from sensitivity.spec.errors import Notice, UserError, reason
+from sensitivity.spec.fields import quoted
 
 if TYPE_CHECKING:
     from sensitivity.measure.loop import Step
@@ -58,8 +59,12 @@ def _ray() -> ModuleType:
     # warning unless this is set
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # join a running cluster only if RAY_ADDRESS names it, never one that Ray happens to find
-    where = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(where, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, configure_logging=False)
+    where = os.environ.get("RAY_ADDRESS") or "local"
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
+    try:
+        ray.init(where, include_dashboard=False, **quiet)
+    except ValueError as error:
+        raise UserError(f"RAY_ADDRESS is {quoted(where)} ({reason(error)}); unset it to run on this machine") from error
     return ray
 
 

@@ -93,6 +93,10 @@ def write(folder: Path, facts: Mapping[str, object], known: Mapping[str, str]) -
 
 def read(folder: Path) -> Manifest:
     """The manifest of an export, or an error that says what is wrong with it."""
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file, and an export is a folder: a plan alone answers nothing that could be compared"
+        )
     if not (folder / MANIFEST).exists():
         raise UserError(f"{folder} is not an export: it has no {MANIFEST}; `sensitivity export` writes one")
     manifest: Manifest = schema.read(folder / MANIFEST, "manifest", "export again")

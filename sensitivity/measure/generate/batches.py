@@ -14,6 +14,7 @@ from transformers import BatchFeature
 
 from sensitivity.measure.generate import retrieval
 from sensitivity.measure.generate.answer_tokens import check_no_image_token, greedy_takes_argmax, target_tokens
+from sensitivity.models.processors import NO_PROCESSOR
 from sensitivity.models.vlm import VLM
 from sensitivity.spec.errors import UserError, reason
 from sensitivity.tasks.examples.images import image_key, open_image
@@ -45,7 +46,7 @@ class Batch:
 def batches_by_image(vlm: VLM, task: Task, plain: bool = False) -> Iterator[Batch]:
     """The task's examples as tensors, image by image; no plan changes them, so all plans can share them."""
     if vlm.processor is None:
-        raise UserError(f"{vlm.name} has no processor or tokenizer files; they are needed to run a task")
+        raise UserError(f"{vlm.name} {NO_PROCESSOR}")
     if task.gallery:
         yield _gallery(vlm, task)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
 
 from torch import nn
 
@@ -15,10 +16,11 @@ from sensitivity.measure.install.quantizer import Quantizer
 from sensitivity.measure.install.rounding import check_cache
 from sensitivity.measure.memory.weight_codes import WeightCodes
 from sensitivity.spec.components import ComponentMap, Weight
-from sensitivity.spec.errors import UserError
+from sensitivity.spec.errors import UserError, check_is
 from sensitivity.spec.plan import KEEP, Plan, Scheme, scheme_of
 from sensitivity.spec.stage import each
 
+HOLDING: WeakSet[nn.Module] = WeakSet()  # models that hold a plan at this moment
 QUANTIZING = "quantizing", "blocks"  # what progress lines call the work and its unit
 
 
@@ -42,7 +44,12 @@ def quantized(
         ...     len(changed) == sum(len(parts[name].weights) for name in ("vision", "language"))
         True
     """
+    check_is("model", model, nn.Module)
+    check_is("plan", plan, Plan)
+    plan.check(parts)
     parameters = dict(model.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise UserError("this model was loaded without weights (config_only=True); load it with them")
     addresses = {name: parameter.data_ptr() for name, parameter in parameters.items()}
     schemes, given = targets(parts, plan), _given(parts, plan)
     asked = set(schemes)  # parameters to change; norms join them where a scheme tweaks those of a block
@@ -76,8 +83,10 @@ def quantized(
             if changed != asked:
                 missed, surplus = sorted(asked - changed), sorted(changed - asked)
                 raise UserError(f"coverage: not quantized {missed[:4]}, quantized without being asked {surplus[:4]}")
+            HOLDING.add(model)
             yield changed
         finally:
+            HOLDING.discard(model)
             # before the model's own weights come back, so that memory never holds all of both
             quantizer.memory.trim_dense()
             for name, parameter in parameters.items():
