@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
+from PIL import Image
 
 import sensitivity
 from sensitivity import VLM, UserError, export, grid, inspect, quantized, rank, recommend, report, scheme, size, sweep
@@ -28,6 +30,16 @@ PLAN = Plan.uniform(PARTS, None)
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return planted.study(tmp_path_factory.mktemp("arguments") / "run", {"vqa": planted.product}, levels=(2, 4, 16))
+
+
+def own_task(name: str) -> str:
+    """A file of one question in a folder beside the one that must stay empty."""
+    folder = Path.cwd().parent / f"own-{name}"
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    line = {"image": "a.png", "prompt": "what?", "answers": ["top left"]}
+    (folder / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    return f"exact:{folder / name}.jsonl"
 
 
 def another(one: Recommendation) -> Provenance:
@@ -80,6 +92,14 @@ SLIPS: dict[str, tuple[Callable[..., Any], str]] = {
     "grid of a model": (
         lambda study, vlm: grid(vlm),
         "parts must be a ComponentMap, such as inspect(vlm), not a VLM",
+    ),
+    "a task that is called like a column": (
+        lambda study, vlm: sweep(vlm, inspect(vlm), [], own_task("bpw"), "out"),
+        "a task cannot be called bpw: the study's table has another column of that name; rename the file",
+    ),
+    "a task that is called like a part": (
+        lambda study, vlm: sweep(vlm, inspect(vlm, by="part"), [], own_task("vision"), "out"),
+        "a task cannot be called vision: the study's table has another column of that name; rename the file",
     ),
     "no tasks": (
         lambda study, vlm: sweep(vlm, PARTS, [PLAN], [], "out"),

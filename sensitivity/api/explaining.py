@@ -128,7 +128,10 @@ def tasks_to_explain(study: Study, asked: Sequence[str] = ()) -> list[str]:
 
     Tasks on which full precision scores 0 are left out, since no plan can damage that; an error if none is left.
     """
-    names = list(asked) or list(study.meta["tasks"])
+    measured = list(study.meta["tasks"])
+    # a task goes by the name in the study's tables, or by what was typed for the sweep
+    typed = dict(zip(study.tasks, measured, strict=True)) if len(study.tasks) == len(measured) else {}
+    names = [typed.get(name, name) for name in asked] or measured
     tasks = [_task_of(study, name) for name in names]
     if other := [name for name, task in zip(names, tasks, strict=True) if task.name not in study.tasks]:
         raise UserError(f"{study.path} has not measured {other[0]}; choose from {', '.join(study.meta['tasks'])}")

@@ -35,6 +35,7 @@ from sensitivity.study.identity import another_study
 from sensitivity.study.stopping import Until
 from sensitivity.study.storage.location import reachable_database
 from sensitivity.study.study import Study
+from sensitivity.study.table import check_task_names
 from sensitivity.tasks.examples.types import Task
 from sensitivity.tasks.table import check_distinct, find
 from sensitivity.tasks.table import task as find_task
@@ -244,6 +245,7 @@ def begin_sweep(
     limit = Until.parse(each_is("until", until, str))
     evaluated = [find_task(name, "evaluation", n, seed, whole) for name in dict.fromkeys(tasks)]
     check_distinct(evaluated, list(dict.fromkeys(tasks)))
+    check_task_names([task.name for task in evaluated], parts)
     check_runs(vlm, evaluated)
     facts = comparability(vlm, evaluated, tasks, n, seed) | ({"whole_answers": True} if whole else {})
     check_tasks_fit(vlm, evaluated)

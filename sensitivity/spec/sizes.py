@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 from sensitivity.spec.components import ComponentMap, Kept, Weight
-from sensitivity.spec.errors import check_is, unknown
+from sensitivity.spec.errors import UserError, check_is, unknown
 from sensitivity.spec.plan import CACHE_GROUP, CACHE_SMOOTH, KEEP, NOT_ROUNDED, QSVD, Plan, Scheme, scheme_of
 from sensitivity.spec.stored_bits import (
     CONFIGURED,
@@ -105,7 +105,10 @@ def weight_bits(parts: ComponentMap, scheme: Scheme | None, weight: Weight, form
     if format in FILES:
         return FILES[format](scheme, weight.rows, weight.cols)
     if scheme.method not in OVERHEAD:
-        raise unknown("method", scheme.method, OVERHEAD)
+        raise UserError(
+            f"what {scheme.method} stores beside its codes is not known: a method needs a row in OVERHEAD of "
+            "sensitivity/spec/stored_bits.py"
+        )
     overhead = OVERHEAD[scheme.method]
     stored = scheme.bits * weight.numel + overhead(scheme, weight.rows, weight.cols)
     if weight.bias and scheme.get("biases"):  # the bias is counted as a kept weight: add the difference

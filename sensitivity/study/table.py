@@ -8,10 +8,24 @@ import numpy as np
 from optuna.trial import TrialState
 
 from sensitivity.spec.components import ComponentMap
+from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan
 from sensitivity.study.examples.answer_counts import AnswerCounts
 from sensitivity.study.scores import Score
 from sensitivity.study.trial import NATIVE, Trial
+
+# columns that no task may be called
+RESERVED = {"number", "key", "plan", "uniform", "native", "complete", "bytes", "bpw", "bpw_codes", "format", "seconds"}
+RESERVED |= {"not_finite", "cache_bits"}
+
+
+def check_task_names(tasks: Sequence[str], parts: ComponentMap) -> None:
+    """Raise an error for a task whose column would be that of something else."""
+    for name in tasks:
+        if name in RESERVED or name in parts.names:
+            raise UserError(
+                f"a task cannot be called {name}: the study's table has another column of that name; rename the file"
+            )
 
 
 def row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -86,8 +87,13 @@ def missing(sources: Sequence[str]) -> Path | None:
 
 
 def check_distinct(tasks: Sequence[Task], sources: Sequence[str]) -> None:
-    """Raise an error if two tasks have the same name, under which their scores are stored."""
+    """Raise an error if two tasks have the same name, or two examples of one the same id: scores are stored by both."""
     for i, (one, source) in enumerate(zip(tasks, sources, strict=True)):
+        ids = Counter(example.id for example in one.examples)
+        if not ids:
+            raise UserError(f"{source} has no examples")
+        if ids.total() > len(ids):
+            raise UserError(f"{source} has the example {ids.most_common(1)[0][0]} twice; give each an id of its own")
         for other, earlier in zip(tasks[:i], sources, strict=False):
             if one.name == other.name:
                 same = earlier.rpartition(":")[2] == source.rpartition(":")[2]

@@ -424,7 +424,7 @@ def test_a_floor_is_checked_on_what_was_measured(two_tasks: Study) -> None:
     assert "floor" not in found.words
     found = judge(two_tasks, candidates, None, frames, floors={"grounding": 0.95})
     assert found.plan.key == second  # 99 % of full precision in grounding, where the first keeps 88 %
-    assert "floor" not in found.words
+    assert "The floor of 0.95 on grounding is kept: 98.8 % [" in found.words
     found = judge(two_tasks, candidates, None, frames, floors={"grounding": 1.0})
     assert found.plan.key == first  # none keeps it
     assert (
@@ -440,7 +440,7 @@ def test_a_floor_is_checked_on_what_was_measured(two_tasks: Study) -> None:
     assert judge(two_tasks, candidates[:1], rival, frames).plan == rival.plan
     found = judge(two_tasks, candidates[:1], rival, frames, floors={"grounding": 0.95})
     assert found.plan.key == first
-    assert found.words.endswith("It misses a floor that this plan keeps.")
+    assert "It misses a floor that this plan keeps. The floor of 0.95 on grounding is kept: 98.8 % [" in found.words
 
 
 def test_a_plan_at_chance_is_said_to_be_useless(two_tasks: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,7 +528,9 @@ def test_that_no_uniform_plan_keeps_a_floor_is_a_prediction(two_tasks: Study) ->
     candidates = solve(two_tasks, bpw=5, top=1)
     frames = {Plan.uniform(two_tasks.parts, None).key: frame(0.9), candidates[0].plan.key: frame(0.9)}
     predicted = judge(two_tasks, candidates, None, frames, floors={"vqa": 0.9}).words
-    assert predicted == "No uniform plan is predicted to meet these conditions."
+    assert predicted.startswith(
+        "No uniform plan is predicted to meet these conditions. The floor of 0.9 on vqa is kept: "
+    )
     assert judge(two_tasks, candidates, None, frames).words == "No uniform plan meets these conditions."
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from answered import FOUR, HOSTILE, TWO
 from browser import browser
+from PIL import Image
 
 from sensitivity.analysis.failures.changes import study_of
 from sensitivity.analysis.failures.damage_places import DamagePlaces, Explained, explanations_of
@@ -161,6 +162,15 @@ def test_nothing_is_explained_where_full_precision_scores_nothing(tmp_path: Path
         explaining.tasks_to_explain(study, ["scene"])
     with pytest.warns(Notice, match="full precision scores 0 on scene, so that no plan damages it: left out"):
         assert explaining.tasks_to_explain(study) == ["vqa"]
+
+
+def test_a_task_is_explained_by_its_name_in_the_study(tmp_path: Path) -> None:
+    picture, line = tmp_path / "a.png", {"image": "a.png", "prompt": "what?", "answers": ["top left"]}
+    Image.new("RGB", (32, 32)).save(picture)
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line) + "\n")
+    typed = f"exact:{tmp_path / 'mine.jsonl'}"
+    study = answered.study(tmp_path / "run", [task(typed)], given, [typed], n=4)
+    assert explaining.tasks_to_explain(study, ["mine"]) == [typed] == explaining.tasks_to_explain(study, [typed])
 
 
 def test_a_loss_that_stays_has_no_shares(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import time
+import warnings
 from base64 import b64decode
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_counts_are_those_of_the_answers(study: Study) -> None:
             for what in known if parts else ():
                 assert sum(row[what] for row in parts) == whole[what]
     assert table.loc[TWO.key, "vqa.to_wrong"] > 0 < table.loc[TWO.key, "vqa.to_right"]
+
+
+def test_boxes_are_kept_beside_questions_without_any(study: Study) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = questions.read_questions(study.path, {})
+    for name in ("vqa", "ground"):
+        for example in task(name, n=study.meta["n"]).examples:
+            assert (kept[name, example.id].regions, kept[name, example.id].prompt) == (example.regions, example.prompt)
 
 
 def test_answers_of_an_earlier_version_are_not_counted_as_none(tmp_path: Path) -> None:

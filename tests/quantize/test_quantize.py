@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch import Tensor, nn
 from sensitivity.measure.install.plan_in_model import quantized
 from sensitivity.measure.memory.weight_codes import WeightCodes, from_tensors, tensors
 from sensitivity.models.discovery import discover
+from sensitivity.quantize.layer.linears import Linears, Method, per_weight
 from sensitivity.quantize.methods import METHODS
 from sensitivity.quantize.presets import PRESETS
 from sensitivity.quantize.scheme_settings import scheme
@@ -21,6 +26,14 @@ from sensitivity.spec.components import GRANULARITIES, ComponentMap
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import Plan, Scheme
 from sensitivity.spec.sizes import size
+from sensitivity.spec.stored_bits import OVERHEAD
+
+
+def grid(weight: Tensor) -> QuantizedWeight:
+    """What rounding to nearest makes of a weight."""
+    found = solve(Linears(("w",), (weight,)), [scheme("rtn", 4)])[0][0]
+    assert isinstance(found, QuantizedWeight)
+    return found
 
 
 def weights(rows: int = 6, cols: int = 20, seed: int = 0) -> Tensor:
@@ -204,6 +217,28 @@ def test_a_weight_that_is_no_number_is_named(model: nn.Module, parts: ComponentM
             pass
     finally:
         parameter.data.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda w: None, r"the method own returned nothing for .*: only a constant weight may stay as it is"),
+        (lambda w: w.clone(), r"the method own returned a Tensor for .*, and no stored weight"),
+        (lambda w: "codes", r"the method own returned a str for .*, and no stored weight"),
+        (lambda w: replace(grid(w), codes=grid(w).codes[:, 1:]), r"the method own made .* \(\d+, \d+\), and it is \("),
+        (lambda w: replace(grid(w), scale=grid(w).scale * math.nan), r"the method own made .* NaN or infinite"),
+    ],
+    ids=["nothing", "tensor", "text", "shape", "nan"],
+)
+def test_what_a_method_of_ones_own_makes_is_looked_at(
+    made: Callable[[Tensor], Any], said: str, model: nn.Module, parts: ComponentMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a model that was never quantized would score like one that was, at the size of its codes."""
+    monkeypatch.setitem(METHODS, "own", Method(per_weight(lambda w, s: made(w)), range(2, 9)))
+    monkeypatch.setitem(OVERHEAD, "own", OVERHEAD["rtn"])
+    plan = Plan.uniform(parts, Scheme("own", 4))
+    with pytest.raises(UserError, match=said), quantized(model, parts, plan):
+        pass
 
 
 def test_memory_gives_the_same_bits(model: nn.Module, parts: ComponentMap) -> None:

@@ -105,10 +105,9 @@ def kept_of(mine: pd.DataFrame, full: pd.DataFrame, share: float) -> Score:
 
 
 def floor_in_words(task: str, share: float, kept: Score, full: float) -> str:
-    """A sentence if a plan keeps a lower share of full precision than was asked for, else none."""
-    if kept.mean >= share:
-        return ""
-    how = "is missed" if kept.high < share else "is missed on these examples, within their noise"
+    """Whether a plan keeps the share of full precision that was asked for."""
+    how = "is kept" if kept.mean >= share else "is missed"
+    how += " on these examples, within their noise" if kept.low < share <= kept.high else ""
     interval = (
         f"{100 * kept.mean:.1f} % [{100 * kept.low:.1f} %, {100 * kept.high:.1f} %] of full precision's {full:.3f}"
     )

@@ -54,6 +54,10 @@ def without_counterpart(damages: Expected, parts: ComponentMap) -> list[str]:
 
 def measured_damages(study: Study, task: str | None = None) -> dict[str, dict[Scheme, float]]:
     """Per component, the damage of each scheme that a study measured, by its surrogate."""
+    if not (known := observations_of(study, task)).full > 0:
+        raise UserError(
+            f"full precision scored nothing on {known.task} in {study.path}: no damage can be learned from it"
+        )
     return damages_of(additive_surrogate(study, task))
 
 
@@ -64,10 +68,6 @@ def additive_surrogate(study: Study, task: str | None = None) -> Surrogate:
         raise UserError(
             f"{study.path} has measured {count(len(set(observations.keys)), 'plan')}, too few to learn damages from; "
             f"at least {MIN_PLANS} are needed"
-        )
-    if not observations.full > 0:
-        raise UserError(
-            f"full precision scored nothing on {observations.task} in {study.path}: no damage can be learned from it"
         )
     space = Space.of(observations.plans)
     index = space.encode(observations.plans)

@@ -39,7 +39,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
         "--weight",
         values.task_weight,
         "TASK=W",
-        "instead of --task: how much each of several tasks counts, such as vqa=2",
+        "instead of --task: how much each of several tasks counts, such as --weight vqa=2 --weight caption=1",
     )
     flags.add_pairs(
         p, "--floor", values.floor, "TASK=SHARE", "keep a task at this share of full precision, such as ground=0.95"
@@ -219,6 +219,9 @@ def _request(args: argparse.Namespace, study: Study) -> PlanRequest:
     if limits and args.gb is None and "bpw" not in getattr(args, "given", ()):
         bpw = (size(study.parts, Plan.uniform(study.parts, None)).bpw,)
     weights = dict(flags.distinct("--weight", args.weight)) or {args.task or study.tasks[0]: 1.0}
+    if args.weight and (left := [task for task in study.tasks if task not in weights]):
+        said = f"{' and '.join(left)} count{'s' if len(left) == 1 else ''} nothing: --weight names other tasks alone"
+        warnings.warn(said, Notice, stacklevel=2)
     floors, allow = dict(flags.distinct("--floor", args.floor)), dict(flags.distinct("--allow", args.allow))
     return PlanRequest(bpw, weights, floors, allow, args.tie, args.runtime, args.top, limits)
 

@@ -14,12 +14,14 @@ from sensitivity.measure.install.past_cache import Magnitudes, cache_magnitudes
 from sensitivity.measure.install.run_time_rounding import RunTimeRounding
 from sensitivity.measure.install.tweaked_norms import TweakedNorms
 from sensitivity.measure.memory.own_weights import OwnWeights
-from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached
+from sensitivity.measure.memory.weight_codes import CachedWeight, Key, WeightCodes, as_cached, tensors
 from sensitivity.quantize.layer.curvature import Curvature
 from sensitivity.quantize.layer.linears import Linears, input_of
 from sensitivity.quantize.methods import UNIFORM, method_of, needs_data, needs_fisher, token_weighting, weights_of
 from sensitivity.quantize.run_time.settings import needs_run_time_data, smooths_cache
 from sensitivity.quantize.solving import fake_quantize, solve
+from sensitivity.quantize.stored.integer_grid import QuantizedWeight
+from sensitivity.quantize.stored.weight import StoredWeight
 from sensitivity.spec.components import ComponentMap, Weight
 from sensitivity.spec.errors import UserError
 from sensitivity.spec.plan import KEEP, NOT_ROUNDED, Scheme
@@ -155,8 +157,8 @@ class Quantizer:
         solved: dict[Scheme, Sequence[CachedWeight]] = {}
         for scheme, results in zip(missing, solve(linears, missing), strict=True):
             pairs = zip(linears.weights, results, strict=True)
-            # None: the method leaves the weight alone; its copy has an address of its own, as `quantized` expects
-            solved[scheme] = [w.clone() if r is None else as_cached(r) for w, r in pairs]
+            named = zip(linears.names, pairs, strict=True)
+            solved[scheme] = [_checked(name, scheme.method, *pair) for name, pair in named]
         if disk is not None:
             disk.store(linears, statistics_hash, solved)
         return {**found, **solved}
@@ -183,6 +185,26 @@ class Quantizer:
                 f"{scheme.method} needs calibration data: pass statistics, as calibration_statistics() makes them"
             )
         self.statistics.check_scheme(scheme)
+
+
+def _checked(name: str, method: str, own: Tensor, result: StoredWeight | None) -> CachedWeight:
+    """What a method made of a weight, as it is cached; an error where that cannot take the weight's place."""
+    if result is None:  # nothing to round; the copy has an address of its own, as `quantized` expects
+        if own.min() != own.max():
+            raise UserError(
+                f"the method {method} returned nothing for {name}: only a constant weight may stay as it is"
+            )
+        return own.clone()
+    if isinstance(result, Tensor) or not hasattr(result, "dequantize"):
+        what = f"a {type(result).__name__} for {name}, and no stored weight such as a QuantizedWeight"
+        raise UserError(f"the method {method} returned {what}")
+    value = as_cached(result)
+    whole = value if isinstance(value, Tensor) else value.codes if isinstance(value, QuantizedWeight) else None
+    if whole is not None and whole.shape != own.shape:
+        raise UserError(f"the method {method} made {name} {tuple(whole.shape)}, and it is {tuple(own.shape)}")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors(value).values() if tensor.is_floating_point()):
+        raise UserError(f"the method {method} made {name} NaN or infinite")
+    return value
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

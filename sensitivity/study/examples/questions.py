@@ -95,7 +95,7 @@ def _question(example: Example) -> Question:
 def _read(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, str], Question]]:
     for task, example, prompt, answers, images, boxes in frame[list(COLUMNS)].itertuples(index=False):
         regions = None
-        if boxes is not None:
+        if isinstance(boxes, str):  # a missing one is None or NaN, depending on the other rows
             width, height, polygons = json.loads(boxes)
             regions = Regions(width, height, tuple(tuple((x, y) for x, y in one) for one in polygons))
         files = tuple(None if file is None else Path(file) for file in json.loads(images))

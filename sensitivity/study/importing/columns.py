@@ -16,11 +16,9 @@ from sensitivity.spec.errors import UserError, unknown
 from sensitivity.spec.fields import quoted
 from sensitivity.study.counting import count, numbers_of
 from sensitivity.study.importing.components import check_names
+from sensitivity.study.table import RESERVED
 from sensitivity.study.trial import NATIVE
 
-# columns of the study's own table, which no task may be called
-RESERVED = {"number", "key", "plan", "uniform", "native", "complete", "bytes", "bpw", "bpw_codes", "format", "seconds"}
-RESERVED |= {"not_finite"}
 # suffixes of a task's columns in the study's own table
 SCORE_SUFFIXES = ("nll", "se", "low", "high", "n", "repetitions", "delta", "delta.se", "delta.low", "delta.high")
 LARGEST_SCORE = 1e9
