@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +17,8 @@ from sensitivity.measure.generate.drafts import with_earlier_answers
 from sensitivity.measure.memory.out_of_memory import run_or_halve
 from sensitivity.measure.memory.prefix_cache import PrefixCache
 from sensitivity.models.vlm import VLM
-from sensitivity.tasks.examples.types import Task
+from sensitivity.spec.errors import UserError
+from sensitivity.tasks.examples.types import Example, Task
 
 Rows = dict[str, list[str | float | bool]]  # rows of the examples table, stored by column
 
@@ -33,9 +34,10 @@ def evaluate(vlm: VLM, task: Task, plain: bool = False) -> Rows:
 
 def example_rows(task: Task, batch: Batch, answers: list[Answer], nll: list[float]) -> Rows:
     """The results of one batch as columns of the examples table, with every answer scored."""
+    given = zip(task.scores([one.text for one in answers], batch.examples), batch.examples, strict=True)
     scores = [
         score if math.isfinite(one_nll) else 0.0  # NaN logits: the text means nothing
-        for score, one_nll in zip(task.scores([one.text for one in answers], batch.examples), nll, strict=True)
+        for score, one_nll in zip([_number(task, *pair) for pair in given], nll, strict=True)
     ]
     return {
         "task": [task.name] * len(answers),
@@ -48,6 +50,15 @@ def example_rows(task: Task, batch: Batch, answers: list[Answer], nll: list[floa
         "cut": [given.cut for given in answers],
         "malformed": [task.is_malformed(given.text, score) for given, score in zip(answers, scores, strict=True)],
     }
+
+
+def _number(task: Task, score: object, example: Example) -> float:
+    """A score as a number; an error names the scorer of a task that returns another thing."""
+    if not isinstance(score, str):
+        with suppress(TypeError, ValueError, RuntimeError):  # each kind of array has an error of its own
+            if math.isfinite(number := float(score)):  # type: ignore[arg-type]
+                return number
+    raise UserError(f"the scorer of {task.name} gave {score!r} for the example {example.id}, which is no number")
 
 
 def answer(

@@ -105,10 +105,8 @@ def weight_bits(parts: ComponentMap, scheme: Scheme | None, weight: Weight, form
     if format in FILES:
         return FILES[format](scheme, weight.rows, weight.cols)
     if scheme.method not in OVERHEAD:
-        raise UserError(
-            f"what {scheme.method} stores beside its codes is not known: a method needs a row in OVERHEAD of "
-            "sensitivity/spec/stored_bits.py"
-        )
+        own = "a method of your own needs a row in OVERHEAD of sensitivity/spec/stored_bits.py"
+        raise UserError(f"{unknown('method', scheme.method, OVERHEAD)}; {own}")
     overhead = OVERHEAD[scheme.method]
     stored = scheme.bits * weight.numel + overhead(scheme, weight.rows, weight.cols)
     if weight.bias and scheme.get("biases"):  # the bias is counted as a kept weight: add the difference

@@ -22,7 +22,7 @@ RESERVED |= {"not_finite", "cache_bits"}
 def check_task_names(tasks: Sequence[str], parts: ComponentMap) -> None:
     """Raise an error for a task whose column would be that of something else."""
     for name in tasks:
-        if name in RESERVED or name in parts.names:
+        if name in RESERVED or name in parts.names or any(name.startswith(f"{other}.") for other in tasks):
             raise UserError(
                 f"a task cannot be called {name}: the study's table has another column of that name; rename the file"
             )

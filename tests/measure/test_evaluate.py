@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,19 @@ def test_a_defect_is_not_blamed_on_the_model(scenes_llava: VLM, monkeypatch: pyt
         monkeypatch.setattr(loop, "answer", namespace["failing"])
         with pytest.raises(expected, match="no such field"):
             loop.check_runs(scenes_llava, [task("vqa", n=1)])
+
+
+@pytest.mark.parametrize("found", [math.nan, math.inf, None, "1", np.ones(2)], ids=str)
+def test_a_scorer_of_ones_own_must_give_a_number(found: Any, scenes_llava: VLM) -> None:
+    own = dataclasses.replace(task("vqa", n=2), name="own", score=lambda answer, example: found, together=None)
+    with pytest.raises(UserError, match=r"the scorer of own gave .* for the example .*, which is no number"):
+        evaluate(scenes_llava, own)
+
+
+def test_numbers_of_other_libraries_are_scores(scenes_llava: VLM) -> None:
+    for one in (True, np.float32(0.5), torch.tensor(0.25), np.bool_(False)):
+        own = dataclasses.replace(task("vqa", n=2), score=lambda answer, example, one=one: one, together=None)
+        assert evaluate(scenes_llava, own)["score"] == [float(one)] * 2
 
 
 def test_a_model_without_a_processor_is_refused(scenes_llava: VLM) -> None:
