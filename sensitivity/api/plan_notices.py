@@ -31,8 +31,9 @@ def warn_if_scores_misjudge(study: Study, request: PlanRequest, trials: int) -> 
         if ran >= MORE:
             further = f"`sensitivity sweep` with the same --out, --by and --n {study.meta['n']}"
         warnings.warn(
-            f"the {ran} measured plans keep little of full precision (at most {which}): scores from calibration say "
-            f"little about plans that lose so much, and measurements find better ones; {further} goes on from here",
+            f"the {ran} measured plans are believed to keep little of full precision (at most {which}): scores from "
+            f"calibration say little about plans that lose so much, and measurements find better ones; {further} goes "
+            "on from here",
             Notice,
             stacklevel=2,
         )
