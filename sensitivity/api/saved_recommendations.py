@@ -8,8 +8,16 @@ from pathlib import Path
 
 from optuna.trial import TrialState
 
-from sensitivity.analysis.recommending.kept_recommendation import budget_of, budgets_asked, files_for, moved_files, save
+from sensitivity.analysis.recommending.kept_recommendation import (
+    budget_of,
+    budgets_asked,
+    files_for,
+    moved_files,
+    save,
+    verified_for,
+)
 from sensitivity.analysis.recommending.recommendation import Recommendation
+from sensitivity.analysis.recommending.request import PlanRequest
 from sensitivity.formats.writing.manifest import TrialFacts
 from sensitivity.formats.writing.model_card import plan_card, why_foreign_card
 from sensitivity.spec.errors import Notice
@@ -42,6 +50,12 @@ def save_with_cards(study: Study, recommendations: Sequence[Recommendation]) -> 
         if name != paths.recommendation_file(study.path):
             told = f"{file.name} was the plan for {budget_of(name):.4g} bpw, which is kept as {name}"
             warnings.warn(f"{told}: {file.name} is for {budgets[0]:.4g} bpw now", Notice, stacklevel=2)
+    for one in recommendations:
+        for file, before in verified_for(study, one.budget).items() if one.measured is None else ():
+            asked = before.provenance.get("asked")
+            conditions = f" for {PlanRequest.from_json(asked).typed}" if asked else ""
+            told = f"{file.name} held a plan that was verified{conditions}, and holds one that is only predicted now"
+            warnings.warn(f"{told}; without --no-run it is verified", Notice, stacklevel=2)
     files = save(study, recommendations)
     for one, file in zip(recommendations, files, strict=True):
         facts, _ = measured_facts(study, one.plan)

@@ -255,8 +255,11 @@ def test_a_plan_for_another_budget_or_without_a_run_replaces_no_verified_plan(
     assert f"plan.json keeps the plan for 5 bpw that was verified ({other.describe()}); the one that is " in note
     assert (status, one_object(out)["key"], one_object(out)["path"]) == (0, at_five[1], None)
     assert saved() == (5, other.key, True)
-    # with another request, it is what was asked for
-    assert run(capsys, f"recommend {mine} --bpw 5 --no-run --floor vqa=0.1")[0] == 0
+    # with another request, it is what was asked for, and a note says what it was
+    status, _, err = run(capsys, f"recommend {mine} --bpw 5 --no-run --floor vqa=0.1")
+    assert status == 0
+    was = "plan.json held a plan that was verified for --task vqa, and holds one that is only predicted now"
+    assert f"{was}; without --no-run it is verified" in err
     assert saved()[::2] == (5, False)
 
 
