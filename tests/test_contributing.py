@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensitivity import export, inspect, one_at_a_time, rank, recommend, scheme, size, sweep
+from sensitivity import Study, export, inspect, one_at_a_time, rank, recommend, scheme, size, sweep
 from sensitivity.cli.main import main
 from sensitivity.models.vlm import VLM
 from sensitivity.quantize.methods import METHODS
@@ -24,18 +24,45 @@ PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 
 @pytest.fixture
-def shown() -> Iterator[str]:
-    """The code on the page, executed; the tables are as before afterwards."""
+def shown(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The code on the page, executed unless a test says no; the tables are as before afterwards."""
     tables = (METHODS, SOURCES, OVERHEAD)
     before = [dict(table) for table in tables]
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     try:
-        exec(compile(code, "pow2.py", "exec"), vars(types.ModuleType("pow2")))
+        if getattr(request, "param", True):
+            exec(compile(code, "pow2.py", "exec"), vars(types.ModuleType("pow2")))
         yield code
     finally:
         for table, own in zip(tables, before, strict=True):
             table.clear()
             table.update(own)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shown", [False], indirect=True)
+def test_the_command_line_takes_it_by_name(
+    shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pow2.py").write_text(shown)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    words = "sweep embedded:scenes-llava --task vqa --method pow2 --bits 4 --by part --n 4 --out run --workers 1 --json"
+    assert main(words.split()) == 2
+    assert "unknown method 'pow2'" in json.loads(capsys.readouterr().out)["error"]
+    monkeypatch.setenv("SENSITIVITY_PLUGINS", f"json:{tmp_path / 'pow2.py'}")
+    assert main(words.split()) == 0
+    capsys.readouterr()
+    assert {trial.plan["vision"].method for trial in Study(tmp_path / "run").trials() if not trial.plan.is_native} == {
+        "pow2"
+    }
+    for named, said in {
+        "nothing.py": ", and there is no such file",
+        "nothing_here": ", which cannot be imported (ModuleNotFoundError: ",
+        "broken.py": ", which cannot be imported (ZeroDivisionError: division by zero)",
+    }.items():
+        monkeypatch.setenv("SENSITIVITY_PLUGINS", named)
+        assert main(["methods", "--json"]) == 2
+        assert json.loads(capsys.readouterr().out)["error"].startswith(f"SENSITIVITY_PLUGINS names {named}{said}")
 
 
 def test_it_is_about_forty_lines(shown: str) -> None:

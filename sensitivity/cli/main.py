@@ -15,6 +15,7 @@ from types import ModuleType
 
 from sensitivity.cli.arguments.parsing import parser_of, run_verb
 from sensitivity.cli.output import json_lines
+from sensitivity.cli.plugins import load_plugins
 from sensitivity.cli.processes import interrupts
 from sensitivity.cli.processes.collector import look_seldom
 from sensitivity.cli.verbs import (
@@ -99,6 +100,7 @@ def _run(words: Sequence[str], asked: argparse.Namespace, heard: interrupts.Inte
         if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # a reader of a log sees each line at once
         with quiet(args), standard_output.held_back() if args.json else contextlib.nullcontext():
+            load_plugins()
             facts = run_verb(VERBS[args.verb], args)
         if args.json:
             print(json.dumps(finite(facts), indent=2, default=str))
