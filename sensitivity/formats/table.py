@@ -90,6 +90,8 @@ def write(
         return _summary(job, Written(load=""), format)
     with staging_folder(out) as folder:
         written = FORMATS[format](job, folder)
+        if not isinstance(written, Written):
+            raise UserError(f"the function of the format {format} returned a {type(written).__name__}, and no Written")
         written = replace(written, notes=(*written.notes, *notes()))
         (folder / "README.md").write_text(card(job, written, format, facts or {}), encoding="utf-8")
         if expected is not None:

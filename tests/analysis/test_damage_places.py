@@ -119,6 +119,13 @@ def test_shares_of_a_change_that_nearly_cancels_are_said_to_mean_little(
     assert ("shares of so small a change say little" in capsys.readouterr().out) == said
 
 
+def test_small_losses_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    integral = SimpleNamespace(change=2e-6, before=1e-6, after=3e-6, passes=2, missing=0.001)
+    blame = SimpleNamespace(components={"vision": 2e-6}, modalities={}, regions={})
+    print_explanation(explanation(integral, blame, "vqa"))
+    assert "the loss of right answers rises from 1e-06 to 3e-06 on" in capsys.readouterr().out
+
+
 def test_a_loss_that_falls_is_not_said_to_rise_and_zeros_have_no_sign(capsys: pytest.CaptureFixture[str]) -> None:
     integral = SimpleNamespace(change=-0.1, before=0.3, after=0.2, passes=2, missing=0.001)
     places = torch.tensor([[-0.06, 0.0], [0.0, -0.02]])

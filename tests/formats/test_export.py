@@ -190,6 +190,15 @@ def test_compressed_tensors_load_through_transformers_as_measured(shape: Path, t
     assert set(config["quantization_config"]["ignore"]) >= {w.module for w in parts[native].weights} | {"lm_head"}
 
 
+def test_a_format_of_ones_own_must_say_what_it_wrote(
+    parts: ComponentMap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "fake", lambda job, folder: None)
+    with pytest.raises(UserError, match="the function of the format fake returned a NoneType, and no Written"):
+        write(job(parts, {}, rtn(4)), tmp_path / "out", "fake")
+    assert not list(tmp_path.iterdir())
+
+
 def test_fake_loads_as_measured_with_any_method(shape: Path, tmp_path: Path) -> None:
     parts = inspect(str(shape), by="part")
     free = rtn(3, "tensor", False, "uniform")

@@ -96,8 +96,10 @@ def print_explanation(explained: Explanation) -> None:
         print(f"  {stays}: nothing is shared out")
         return
     moves = "rises" if change > 0 else "falls"
+    # four decimals, or as many digits as tell two small losses apart
+    kind = ".4f" if round(facts.before / count, 4) != round(facts.after / count, 4) else ".4g"
     print(
-        f"  the loss of right answers {moves} from {facts.before / count:.4f} to {facts.after / count:.4f} on "
+        f"  the loss of right answers {moves} from {facts.before / count:{kind}} to {facts.after / count:{kind}} on "
         f"{which} of {tasks} ({facts.passes} backward passes; the shares below miss {100 * facts.missing:.1f} % of "
         "that change)"
     )
