@@ -22,7 +22,7 @@ BYTES = 64 * 64 + 2 * 64 * 4  # codes of a square matrix, a scale and a zero of 
 
 def filled(room: int, limit: float, monkeypatch: pytest.MonkeyPatch, count: int = 4) -> WeightCodes:
     """The codes of a few matrices, in memory that has room for so many bytes on the GPU."""
-    monkeypatch.setattr(weight_codes, "room_beside", lambda device, weights, share: room)
+    monkeypatch.setattr(weight_codes, "room_beside", lambda device, weights, one_in: room)
     model = nn.Linear(64, 64).to("cuda")
     codes, asked = WeightCodes(limit, model), scheme("rtn", 3)
     for number in range(count):

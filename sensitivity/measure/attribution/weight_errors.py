@@ -77,7 +77,7 @@ class WeightErrors:
 
     def _no_codes(self) -> WeightCodes:
         """Memory for codes, which on a GPU lie beside the batches alone: no plan runs."""
-        return WeightCodes(beside=self.model, share=2)
+        return WeightCodes(beside=self.model, one_in=2)
 
     def _codes(self, group: int) -> WeightCodes:
         """The codes of a group, quantized now unless they are in memory."""

@@ -37,13 +37,13 @@ def run_or_halve(
     return None
 
 
-def room_beside(device: torch.device, weights: int, share: int = 4) -> int:
+def room_beside(device: torch.device, weights: int, one_in: int = 4) -> int:
     """Bytes that hidden states, and as many again that codes, may take on a GPU; sys.maxsize elsewhere.
 
-    A share (a fourth) of what is free beside a plan's quantized weights, of which `weights` is the size: half is for
-    the batches, of which a question alone may take as much as an image. Elsewhere the user's own limit is enough.
+    One part in four of what is free beside a plan's quantized weights, of which `weights` is the size: half is for the
+    batches, of which a question alone may take as much as an image. Elsewhere the user's own limit is enough.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return sys.maxsize
     free, _ = torch.cuda.mem_get_info(device)
-    return max(free - weights, 0) // share
+    return max(free - weights, 0) // one_in

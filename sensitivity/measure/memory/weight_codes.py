@@ -56,10 +56,10 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
     `trim` drops the least recently used, between two plans.
     """
 
-    def __init__(self, limit: float = math.inf, beside: nn.Module | None = None, share: int = 4) -> None:
+    def __init__(self, limit: float = math.inf, beside: nn.Module | None = None, one_in: int = 4) -> None:
         """`limit` is in bytes of host memory; without a model `beside` them, all codes lie there.
 
-        share: codes take at most this share, such as a fourth, of what is free on the model's GPU.
+        one_in: codes take at most one part in so many of what is free on the model's GPU.
         """
         super().__init__()
         self.limit = limit
@@ -67,7 +67,7 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         self.device, self.room = HOST, 0  # where codes lie, and how many bytes of them: the rest is in host memory
         first = next(beside.parameters(), None) if beside else None
         if beside and first is not None and first.is_cuda:
-            self.device, self.room = first.device, room_beside(first.device, parameter_bytes(beside), share)
+            self.device, self.room = first.device, room_beside(first.device, parameter_bytes(beside), one_in)
         self.run_time: dict[Hashable, object] = {}  # ranges and scales for rounding activations (see RunTimeRounding)
         self.norms: dict[Hashable, dict[str, Tensor]] = {}  # tweaked norms of blocks, by name (see TweakedNorms)
         self.cache_magnitudes: dict[str, Tensor] = {}  # by layer: the largest of each channel of keys and values
