@@ -43,13 +43,15 @@ def shown(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_the_command_line_takes_it_by_name(
     shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    also = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Own:\n    a: int\n"
     (tmp_path / "pow2.py").write_text(shown)
+    (tmp_path / "json.py").write_text(also)
     (tmp_path / "broken.py").write_text("1 / 0\n")
     monkeypatch.chdir(tmp_path)
     words = "sweep embedded:scenes-llava --task vqa --method pow2 --bits 4 --by part --n 4 --out run --workers 1 --json"
     assert main(words.split()) == 2
     assert "unknown method 'pow2'" in json.loads(capsys.readouterr().out)["error"]
-    monkeypatch.setenv("SENSITIVITY_PLUGINS", f"json:{tmp_path / 'pow2.py'}")
+    monkeypatch.setenv("SENSITIVITY_PLUGINS", f"json.py:json:{tmp_path / 'pow2.py'}")
     assert main(words.split()) == 0
     capsys.readouterr()
     assert {trial.plan["vision"].method for trial in Study(tmp_path / "run").trials() if not trial.plan.is_native} == {

@@ -249,7 +249,7 @@ def main() -> None:
     p.add_argument("--n", type=int, default=32)
     p.add_argument("--method", default="rtn")
     p.add_argument("--bits", default="2,3,4,6,8")
-    p.add_argument("--kinds", default="layers,fisher,change,squares", help="parts of scores, each computed alone")
+    p.add_argument("--kinds", default="fisher,change,squares", help="parts of scores, each computed alone")
     p.add_argument("--passes", type=int, default=10, help="the most backward passes to explain a plan")
     p.set_defaults(run=scores)
     args = parser.parse_args()

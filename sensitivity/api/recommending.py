@@ -62,7 +62,7 @@ def recommend(
         check_is("run", run, VLM)
     allow, tie = limits.pop("allow", {}), limits.pop("tie", ())
     allowed = {pattern: [one] if isinstance(one, int) else one for pattern, one in allow.items()}
-    tied = [names] if (names := [name for name in tie if isinstance(name, str)]) else tie  # names: a single group
+    tied = [tie] if tie and all(isinstance(name, str) for name in tie) else tie  # a single group
     given = weights or {task or study.tasks[0]: 1.0}
     request = PlanRequest((bpw,), given, floors or {}, allowed, tied, limits.get("runtime"), limits.get("top", TOP))
     return recommend_each(study, request, run)[0]

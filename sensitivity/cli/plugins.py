@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def load_plugins() -> None:
 
 
 def _run_file(path: Path) -> None:
-    """Run a file as a module of its own."""
-    spec = spec_from_file_location(path.stem, path) if path.is_file() else None
+    """Run a file as a module of its own, whose name no library has."""
+    spec = spec_from_file_location(f"sensitivity_plugin_{path.stem}", path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise UserError(f"{VARIABLE} names {path}, and there is no such file")
-    spec.loader.exec_module(module_from_spec(spec))
+    sys.modules[spec.name] = module = module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)

@@ -53,7 +53,7 @@ def set_cudnn() -> None:
     """Choose what cudnn computes on a GPU: convolutions in all bits, and no attention."""
     # by default it may round a convolution's inputs to 10 bits: pixels of a model in float32 would lose 13
     torch.backends.cudnn.allow_tf32 = False
-    # it prepares each length of a question anew, which took half the time of a sweep's first plans (reports/gpu.md)
+    # it prepares each length of a question anew, which took half of the time of the first questions (reports/gpu.md)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

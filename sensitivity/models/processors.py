@@ -16,7 +16,13 @@ from sensitivity.spec.errors import UserError, reason
 from sensitivity.spec.fields import MISSING, not_a_file
 
 FILES = ("processor_config.json", "preprocessor_config.json")
-WORDS = ("tokenizer*", "vocab*", "spiece*", "*.model", "*.tiktoken")  # files of tokenizers, of which one is enough
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "spiece*",
+    "*.model",
+    "*.tiktoken",
+)  # files of tokenizers, of which one is enough
 NO_PROCESSOR = (
     f"has neither {FILES[0]} nor {FILES[1]}, which say how prompts and images are read; copy one from where the model "
     "came from"
@@ -44,7 +50,7 @@ def load_processor(folder: Path, name: str, config: PreTrainedConfig) -> Process
         else:
             processor = transformers.AutoProcessor.from_pretrained(folder, **OPTIONS)  # type: ignore[no-untyped-call]
     except Exception as error:  # each family builds its own processor, with its own types of error
-        if not any(path for pattern in WORDS for path in folder.glob(pattern)):
+        if not any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
             why = "has no tokenizer.json, and no other file of a tokenizer; copy it from where the model came from"
             raise UserError(f"{name} {why}") from error
         raise UserError(f"the processor of {name} cannot be loaded ({reason(error)})") from error

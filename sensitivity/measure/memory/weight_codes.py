@@ -65,8 +65,8 @@ class WeightCodes(OrderedDict[Key, CachedWeight]):
         self.limit = limit
         self.bytes = self.bytes_there = 0  # of all codes, and of those on the GPU
         self.device, self.room = HOST, 0  # where codes lie, and how many bytes of them: the rest is in host memory
-        first = next(beside.parameters(), None) if beside else None
-        if beside and first is not None and first.is_cuda:
+        first = None if beside is None else next(beside.parameters(), None)
+        if beside is not None and first is not None and first.is_cuda:
             self.device, self.room = first.device, room_beside(first.device, parameter_bytes(beside), one_in)
         self.run_time: dict[Hashable, object] = {}  # ranges and scales for rounding activations (see RunTimeRounding)
         self.norms: dict[Hashable, dict[str, Tensor]] = {}  # tweaked norms of blocks, by name (see TweakedNorms)
