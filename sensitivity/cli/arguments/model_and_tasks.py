@@ -23,6 +23,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
     from sensitivity.models.config_only import without_weights
     from sensitivity.models.discovery import inspect
     from sensitivity.models.loading import load
+    from sensitivity.study.table import check_task_names
     from sensitivity.tasks.table import check_distinct, task
 
     look_as_usual()
@@ -40,6 +41,7 @@ def loaded(args: argparse.Namespace) -> tuple[VLM, ComponentMap, list[Task]]:
         print(EMBEDDING_NOTE, file=sys.stderr)
     tasks = [task(name, n=args.n, seed=args.seed, whole=args.whole_answers) for name in args.task]
     check_distinct(tasks, args.task)
+    check_task_names([one.name for one in tasks], parts)  # before calibration, which takes long
     for one in tasks:
         for note in one.notes:
             print(f"{one.name}: {note}", file=sys.stderr)
